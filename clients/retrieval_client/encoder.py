@@ -1,0 +1,196 @@
+"""Texts and products → vectors, through Triton's ensembles over gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from retrieval_client.settings import Settings
+from retrieval_client.translate import triton_errors
+from retrieval_client.wire import arrays_from_reply, request_from_rows
+from retrieval_contract import models
+from retrieval_contract.errors import ContractError, ItemError, ReleaseMismatch
+from retrieval_contract.release import RELEASE_PARAMETER
+from retrieval_contract.tensors import Array, Ensemble
+
+# A reconnecting channel waits at most a second: a restarted server is found again at once.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20_000),
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why."""
+
+    vectors: Array
+    errors: list[ItemError | None]
+
+    def vector(self, row: int) -> Array:
+        """One vector (vector_dim,); raises the row's ItemError if it was refused."""
+        if (error := self.errors[row]) is not None:
+            raise error
+        vector: Array = self.vectors[row]
+        return vector
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the server said of itself in the handshake."""
+
+    release_id: str
+    vector_dim: int
+
+
+class Encoder:
+    """A connection to one Triton server; safe to share between threads.
+
+    The handshake (release id, names, dtypes, dims of both ensembles) happens on first use and
+    again after every loss of the connection, because another release may have come back.
+    """
+
+    def __init__(
+        self, settings: Settings, *, channel: Callable[..., grpc.Channel] = grpc.insecure_channel
+    ) -> None:
+        self.address = settings.triton
+        self.timeout_s = settings.timeout_s
+        self._channel = channel(self.address, options=CHANNEL_OPTIONS)
+        self._stub = GRPCInferenceServiceStub(self._channel)
+        self._served: Served | None = None
+        self._channel.subscribe(self._on_connectivity)
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def served(self) -> Served:
+        """The handshake, or what it found while the connection has lasted.
+
+        Raises ReleaseMismatch when the two ensembles are of different releases, ContractError
+        when they are not this contract's, ServerError and its kinds when nobody answers.
+        """
+        # Held in a local: a lost connection may clear the field at any moment.
+        served = self._served
+        if served is None:
+            described = [self._describe(ensemble) for ensemble in models.ENSEMBLES]
+            if described[0] != described[1]:
+                raise ReleaseMismatch(
+                    f"Triton at {self.address}: its ensembles disagree, {described}; serve one "
+                    "release folder"
+                )
+            served = self._served = described[0]
+        return served
+
+    def server_version(self) -> str:
+        """Such as "triton 2.51.0"."""
+        reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata")
+        return f"{reply.name} {reply.version}"
+
+    def encode_queries(self, queries: Sequence[str], *, timeout_s: float | None = None) -> Encoded:
+        """Texts → vectors (len(queries), vector_dim), in as few requests as the contract allows.
+
+        A bad text gets an entry in `errors`; the others are answered.
+        """
+        rows = {models.QUERY.name: [_utf8(q) for q in queries]}
+        return self._encode(models.QUERY_ENCODER, models.QUERY_VECTOR.name, rows, timeout_s)
+
+    def encode_products(
+        self, titles: Sequence[str], images: Sequence[bytes], *, timeout_s: float | None = None
+    ) -> Encoded:
+        """Titles ("" = missing) and image files (b"" = missing) → vectors, as `encode_queries`."""
+        if len(titles) != len(images):
+            raise ContractError(
+                f"products: expected one image (or b'') a title, got {len(titles)} titles and "
+                f"{len(images)} images"
+            )
+        rows = {models.TITLE.name: [_utf8(t) for t in titles], models.IMAGE.name: list(images)}
+        return self._encode(models.PRODUCT_ENCODER, models.PRODUCT_VECTOR.name, rows, timeout_s)
+
+    def _encode(
+        self,
+        ensemble: Ensemble,
+        output: str,
+        columns: Mapping[str, Sequence[bytes]],
+        timeout_s: float | None,
+    ) -> Encoded:
+        served = self.served()
+        dims = {t.name: t.dims({"vector_dim": served.vector_dim}) for t in ensemble.outputs}
+        count = len(next(iter(columns.values())))
+        parts = [np.empty((0, served.vector_dim), np.float32)]
+        errors: list[ItemError | None] = []
+        for start in range(0, count, ensemble.batch.max):
+            part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
+            request = request_from_rows(ensemble, part)
+            reply = self._call("ModelInfer", request, ensemble.name, timeout_s)
+            rows = len(next(iter(part.values())))
+            arrays = arrays_from_reply(ensemble, reply, rows, dims)
+            parts.append(arrays[output])
+            errors += [
+                ItemError.from_status(status.decode()) if status else None
+                for status in arrays[models.ITEM_STATUS.name]
+            ]
+        return Encoded(np.concatenate(parts), errors)
+
+    def _describe(self, ensemble: Ensemble) -> Served:
+        """Compare one ensemble's config with the contract; its release and vector size."""
+        request = pb.ModelConfigRequest(name=ensemble.name)
+        config = self._call("ModelConfig", request, ensemble.name).config
+        release_id = config.parameters[RELEASE_PARAMETER].string_value
+        vector = config.output[0].dims[0] if config.output and config.output[0].dims else 0
+        sizes = {"vector_dim": vector}
+        for declared, found in ((ensemble.inputs, config.input), (ensemble.outputs, config.output)):
+            wanted = [(t.name, t.dtype.config, list(t.dims(sizes))) for t in declared]
+            got = [(t.name, pb_type(t), list(t.dims)) for t in found]
+            if wanted != got:
+                raise ContractError(
+                    f"Triton at {self.address}, {ensemble.name}: expected {wanted}, got {got}; "
+                    "client and server are of different versions"
+                )
+        if not release_id:
+            raise ContractError(f"Triton at {self.address}, {ensemble.name}: its config names no "
+                                "release; serve a built release folder")  # fmt: skip
+        return Served(release_id, vector)
+
+    def _call(self, method: str, request: Any, what: str, timeout_s: float | None = None) -> Any:
+        try:
+            with triton_errors(self.address, what):
+                return getattr(self._stub, method)(request, timeout=timeout_s or self.timeout_s)
+        except Exception:
+            self._served = None  # whoever answers next may be another release
+            raise
+
+    def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
+        if state is not grpc.ChannelConnectivity.READY:
+            self._served = None
+
+
+def pb_type(tensor: Any) -> str:
+    """The name of a config tensor's data type, such as TYPE_FP32."""
+    name: str = type(tensor).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[
+        tensor.data_type
+    ].name
+    return name
+
+
+def _utf8(text: str) -> bytes:
+    # Lone surrogates cannot be encoded; the server then says which row is not UTF-8.
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,55 @@
+"""Where things are: flags over environment over default. The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from retrieval_contract import models
+from retrieval_contract.errors import RetrievalError
+
+PREFIX = "RETRIEVAL_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Addresses and deadlines. Each field is also `RETRIEVAL_<FIELD>` in the environment.
+
+    `milvus` is Milvus Lite when it ends in `.db` (a folder of that name), else a server's URI.
+    Deadlines are in seconds and cover one call; `retry_s` is how long a push goes on trying
+    while a server is away.
+    """
+
+    triton: str = "127.0.0.1:8001"
+    milvus: str = "build/catalog.db"
+    milvus_token: str = ""
+    collection: str = models.PRODUCTS.alias
+    timeout_s: float = 5.0
+    push_timeout_s: float = 60.0
+    retry_s: float = 60.0
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Defaults, overridden by the environment."""
+        return cls().override(
+            **{
+                name: environ[PREFIX + name.upper()]
+                for name in cls.__dataclass_fields__
+                if PREFIX + name.upper() in environ
+            }
+        )
+
+    def override(self, **values: str | float | None) -> Settings:
+        """A copy with every value that is not None; text is read as the field's type."""
+        known: dict[str, object] = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            kind = type(getattr(self, name))
+            try:
+                known[name] = kind(value)
+            except ValueError as exc:
+                raise RetrievalError(f"{PREFIX}{name.upper()}: expected a {kind.__name__}, "
+                                     f"got {value!r}") from exc  # fmt: skip
+        return replace(self, **known)  # type: ignore[arg-type]

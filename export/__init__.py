@@ -1,0 +1,1 @@
+"""Checkpoint → ONNX → model repository, each artefact proved before it is placed."""

@@ -1,0 +1,169 @@
+"""Contract + release → Triton model configs, as protobuf messages.
+
+Message: `ModelConfig` of Triton's `model_config.proto`. Auto-completion is off in every way we
+start the server, so what stands here is all that the server knows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+
+from retrieval_contract import models
+from retrieval_contract.errors import ContractError
+from retrieval_contract.models import Target
+from retrieval_contract.release import RELEASE_PARAMETER, Release
+from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model, Tensor
+
+WARMUP_TOKENS = 8
+"""Token length of the warm-up rows of towers whose token axis is dynamic."""
+
+FILES = {Target.GPU: "model.plan", Target.CPU: "model.onnx", Target.LOCAL: "model.py"}
+BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime", Target.LOCAL: "python"}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How many copies of a model run, and how many threads each uses for one batch."""
+
+    instances: int = 1
+    threads: int = 1
+
+
+# Decoding pictures is the slow step that scales by copies; a tower scales by its batch.
+KNOBS = {
+    models.QUERY_TOKENIZER.name: Knobs(),
+    models.QUERY_TOWER.name: Knobs(),
+    models.PRODUCT_PREPROCESSOR.name: Knobs(instances=2),
+    models.PRODUCT_TOWER.name: Knobs(threads=2),
+}
+
+
+def configs_of(
+    part: Model | Ensemble, release: Release, release_id: str
+) -> dict[str, ModelConfig]:
+    """Every config file of one repository entry, by its path inside the entry.
+
+    A tower has one config per target and no `config.pbtxt`: a server started without
+    `--model-config-name` must fail instead of guessing the runtime.
+    """
+    if isinstance(part, Ensemble):
+        return {"config.pbtxt": ensemble_config(part, release, release_id)}
+    if part.engine is Engine.PYTHON:
+        return {"config.pbtxt": python_config(part, release, release_id)}
+    return {f"configs/{t}.pbtxt": tower_config(part, release, release_id, t) for t in Target}
+
+
+def ensemble_config(ensemble: Ensemble, release: Release, release_id: str) -> ModelConfig:
+    """An ensemble: wires by tensor name. It has no batcher; its steps do."""
+    config = _base(ensemble, release, release_id)
+    config.platform = "ensemble"
+    for step in ensemble.steps:
+        entry = config.ensemble_scheduling.step.add(model_name=step.name, model_version=-1)
+        for tensor in step.inputs:
+            entry.input_map[tensor.name] = tensor.name
+        for tensor in step.outputs:
+            entry.output_map[tensor.name] = tensor.name
+    return config
+
+
+def python_config(model: Model, release: Release, release_id: str) -> ModelConfig:
+    """A tokenizer or preprocessor: our Python, with its rules in the parameters."""
+    config = _computing(model, release, release_id)
+    config.backend = "python"
+    config.default_model_filename = "model.py"
+    if model is models.QUERY_TOKENIZER:
+        _set(config, "text", asdict(release.query))
+    elif model is models.PRODUCT_PREPROCESSOR:
+        _set(config, "text", asdict(release.title))
+        _set(config, "image", asdict(release.image))
+    else:
+        raise ContractError(f"{model.name}: no rule says which parameters this model needs")
+    return config
+
+
+def tower_config(model: Model, release: Release, release_id: str, target: Target) -> ModelConfig:
+    """A tower on the runtime of one target."""
+    config = _computing(model, release, release_id)
+    config.backend = BACKENDS[target]
+    config.default_model_filename = FILES[target]
+    threads = KNOBS[model.name].threads
+    if target is Target.GPU:
+        config.instance_group[0].kind = config.instance_group[0].KIND_GPU
+    elif target is Target.CPU:
+        config.parameters["intra_op_thread_count"].string_value = str(threads)
+        config.parameters["inter_op_thread_count"].string_value = "1"
+    else:
+        _set(config, "intra_op_threads", threads)
+    return config
+
+
+def _base(part: Model | Ensemble, release: Release, release_id: str) -> ModelConfig:
+    """Name, bounds, tensors and the release id: what every entry has."""
+    config = ModelConfig(name=part.name, max_batch_size=part.batch.max)
+    for tensor in part.inputs:
+        config.input.append(_input(tensor, release))
+    for tensor in part.outputs:
+        config.output.append(
+            ModelOutput(name=tensor.name, data_type=tensor.dtype.config, dims=_dims(tensor, release))
+        )
+    config.parameters[RELEASE_PARAMETER].string_value = release_id
+    return config
+
+
+def _computing(model: Model, release: Release, release_id: str) -> ModelConfig:
+    """What every model with a batcher has: merging without delay, instances, warm-up."""
+    config = _base(model, release, release_id)
+    # Plain merging: whatever queued while the last batch ran. Limits and priorities on this
+    # queue can stall the server's batcher, so they are kept elsewhere.
+    config.dynamic_batching.SetInParent()
+    config.version_policy.latest.num_versions = 1
+    config.instance_group.add(kind="KIND_CPU", count=KNOBS[model.name].instances)
+    warmup = config.model_warmup.add(name="one_row", batch_size=1, count=1)
+    for tensor in model.inputs:
+        entry = warmup.inputs[tensor.name]
+        entry.data_type = _input(tensor, release).data_type
+        if tensor.dtype is Dtype.BYTES:
+            entry.dims[:] = [1]
+            entry.input_data_file = tensor.name
+        else:
+            entry.dims[:] = [WARMUP_TOKENS if d < 0 else d for d in _dims(tensor, release)]
+            entry.zero_data = True
+    return config
+
+
+def _input(tensor: Tensor, release: Release) -> ModelInput:
+    dims = _dims(tensor, release)
+    return ModelInput(name=tensor.name, data_type=tensor.dtype.config, dims=dims)
+
+
+def _dims(tensor: Tensor, release: Release) -> tuple[int, ...]:
+    """The contract's dims; an axis that this release always pads to the full length is fixed."""
+    full = {
+        "query_tokens": release.query.pad_to == "max",
+        "title_tokens": release.title.pad_to == "max",
+    }
+    largest = tensor.largest(release.sizes)
+    return tuple(
+        bound if dim < 0 and full[getattr(axis, "size", "")] else dim
+        for axis, dim, bound in zip(
+            tensor.axes, tensor.dims(release.sizes), largest, strict=True
+        )
+    )
+
+
+def _set(config: ModelConfig, name: str, value: object) -> None:
+    config.parameters[name].string_value = json.dumps(value, sort_keys=True)
+
+
+def text_of(config: ModelConfig) -> str:
+    """The text of a `config.pbtxt`, in the order of the proto's fields."""
+    return text_format.MessageToString(config, as_utf8=True)
+
+
+def config_from_text(text: str) -> ModelConfig:
+    """Read a `config.pbtxt`; an unknown field raises `text_format.ParseError`."""
+    return text_format.Parse(text, ModelConfig())

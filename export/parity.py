@@ -1,0 +1,125 @@
+"""torch ↔ ONNX Runtime: the same tensors must give the same vectors, or nothing is published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+
+from export.onnx_from_towers import GRAPHS
+from retrieval_contract import models
+from retrieval_contract.errors import ExportError
+from retrieval_contract.release import ImageSpec
+from retrieval_contract.tensors import Array, Model, Sizes, UpTo
+from towers.two_towers import TextSide, TwoTowers
+
+MAX_ABS = 1e-5
+MIN_COSINE = 1 - 1e-6
+BATCHES = (1, 3, 8)
+SEED = 20230101
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Worst case over all cases of one tower; cosine without the refused (zero) rows."""
+
+    tower: str
+    cases: int
+    max_abs: float
+    min_cosine: float
+
+    def as_json(self) -> dict[str, object]:
+        """For reports."""
+        return asdict(self)
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session, one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def cases(model: Model, towers: TwoTowers) -> Iterator[dict[str, Array]]:
+    """Served inputs: several batches and lengths, padded rows, missing parts, a refused row."""
+    rng = np.random.default_rng(SEED)
+    sizes = towers.release().sizes
+    side = towers.spec.query if model is models.QUERY_TOWER else towers.spec.title
+    for batch in BATCHES:
+        for length in lengths(side):
+            yield _case(model, sizes, batch, length, side.spec.pad_id, rng)
+
+
+def lengths(side: TextSide) -> tuple[int, ...]:
+    """Token lengths worth trying: short, one padding step, full."""
+    full = side.spec.max_tokens
+    return (full,) if side.spec.pad_to == "max" else tuple(sorted({2, min(8, full), full}))
+
+
+def _case(
+    model: Model, sizes: Sizes, batch: int, length: int, pad_id: int, rng: np.random.Generator
+) -> dict[str, Array]:
+    mask = np.ones((batch, length), np.int32)
+    for row in range(1, batch):  # ragged rows; the first stays full
+        mask[row, int(rng.integers(1, length + 1)) :] = 0
+    if batch > 2:
+        mask[-1] = 0  # an absent text
+    ids = np.where(mask, rng.integers(0, sizes["vocabulary"], mask.shape), pad_id)
+    has_title = mask.max(1, keepdims=True)
+    has_image = np.arange(batch).reshape(-1, 1) % 2  # row 0 has no image, row 1 has one …
+    made = {
+        "has_title": has_title,
+        "has_image": has_image,
+        models.PIXELS.name: rng.integers(0, 256, (batch, *models.PIXELS.dims(sizes))),
+    }
+    for tensor in model.inputs:
+        if any(isinstance(axis, UpTo) for axis in tensor.axes):
+            made[tensor.name] = ids if tensor.name.endswith("_ids") else mask
+    return {t.name: made[t.name].astype(t.dtype.numpy) for t in model.inputs}
+
+
+@torch.no_grad()
+def torch_vectors(towers: TwoTowers, model: Model, inputs: dict[str, Array]) -> Array:
+    """What the torch graph gives for served inputs, float32 (batch, vector_dim)."""
+    feed = {name: torch.from_numpy(a) for name, a in inputs.items()}
+    if models.PIXELS.name in feed:
+        feed[models.PIXELS.name] = normalised(inputs[models.PIXELS.name], towers.spec.image)
+    vectors: Array = GRAPHS[model.name](towers).eval()(**feed).numpy()
+    return vectors
+
+
+def normalised(pixels: Array, spec: ImageSpec) -> torch.Tensor:
+    """uint8 (B, H, W, 3) → float32 (B, 3, H, W), written apart from the graph's own way."""
+    values = (pixels.astype(np.float32) - np.float32(spec.mean)) / np.float32(spec.std)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+
+
+def parity(towers: TwoTowers, model: Model, graph: onnx.ModelProto) -> Parity:
+    """Compare over all cases; ExportError past the bounds."""
+    runtime = session(graph)
+    count, worst, lowest = 0, 0.0, 1.0
+    for count, inputs in enumerate(cases(model, towers), start=1):
+        expected = torch_vectors(towers, model, inputs)
+        got = runtime.run(None, inputs)[0]
+        if not np.isfinite(got).all():
+            raise ExportError(f"{model.name}: ONNX Runtime gave non-finite vectors")
+        worst = max(worst, float(np.abs(expected - got).max()))
+        norms = np.linalg.norm(got, axis=1)
+        good = np.linalg.norm(expected, axis=1) > 0
+        if not np.allclose(norms, good, atol=1e-5):
+            raise ExportError(f"{model.name}: expected norms 1 (0 where refused), got {norms}")
+        lowest = min(lowest, float((expected * got).sum(1)[good].min(initial=1.0)))
+    found = Parity(model.name, count, worst, lowest)
+    if worst > MAX_ABS or lowest < MIN_COSINE:
+        raise ExportError(
+            f"{model.name}: torch and ONNX Runtime differ by {worst:.1e} (at most {MAX_ABS:.0e}), "
+            f"cosine {lowest:.7f} (at least {MIN_COSINE:.6f}); the graph was not written"
+        )
+    return found

@@ -1,0 +1,183 @@
+"""Proved graphs → an immutable release folder that servers load.
+
+    <releases>/<release_id>/
+        release.json          sizes, preprocessing, hashes, release_id
+        manifest.json         parity, file hashes, versions, the command: how to remake and trust it
+        model_repository/     what `tritonserver --model-repository` takes
+    <releases>/latest         link to the one built last
+
+The folder is written under another name and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from PIL import Image
+from rich.console import Console
+
+from export.config_from_contract import configs_of, text_of
+from export.onnx_from_towers import onnx_from_towers
+from export.parity import parity
+from export.surgery import operate
+from retrieval_contract import models
+from retrieval_contract.release import RELEASE_FILE, Release
+from retrieval_contract.tensors import Dtype, Engine, Model
+from towers.two_towers import TwoTowers
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "model_repository"
+MANIFEST_FILE = "manifest.json"
+REPOSITORY = "model_repository"
+LATEST = "latest"
+UNRELEASED = "unreleased"
+"""The release id in the committed configs, which belong to no weights."""
+TOOLS = ("torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "onnxscript", "transformers",
+         "tokenizers", "numpy", "pillow")  # fmt: skip
+
+
+def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Export both towers into `folder` as `<tower>.onnx`, beside `release.json`.
+
+    Returns the parity of each. Raises ExportError, and then writes no graph of that tower.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    release = towers.release()
+    found = []
+    for model in models.TOWERS:
+        with console.status(f"{model.name}: tracing, cutting, comparing"):
+            raw = onnx_from_towers(towers, model)
+            graph = operate(raw, model, release.image, release.sizes)
+            proof = parity(towers, model, graph)
+        onnx.save(graph, folder / f"{model.name}.onnx")
+        console.print(
+            f"{model.name}: {len(graph.graph.node)} nodes, torch ↔ ONNX Runtime over "
+            f"{proof.cases} cases: max abs {proof.max_abs:.1e}, min cosine {proof.min_cosine:.7f}"
+        )
+        found.append(proof.as_json() | {"nodes": len(graph.graph.node)})
+    release.save(folder)
+    return found
+
+
+def publish(towers: TwoTowers, releases: Path, console: Console) -> Path:
+    """Build `<releases>/<release_id>` unless this very code built it already; return it."""
+    release = towers.release()
+    home = releases / release.release_id
+    if _is_built(home):
+        console.print(f"release {release.release_id} is already built: {home}")
+        _point_latest(home)
+        return home
+    releases.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=releases, prefix=".building-") as name:
+        folder = Path(name) / release.release_id
+        proofs = write_onnx(towers, folder, console)
+        assemble(towers, release, folder)
+        write_manifest(folder, release, proofs)
+        make_read_only(folder)
+        if home.exists():  # made by other code: replace it whole
+            home.rename(Path(name) / "old")
+        folder.rename(home)
+    _point_latest(home)
+    console.print(f"release {release.release_id} built: {home}")
+    return home
+
+
+def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
+    """Turn `folder`'s two graphs into a complete model repository inside it."""
+    tokenizers = {
+        models.QUERY_TOKENIZER.name: towers.spec.query.tokenizer_json,
+        models.PRODUCT_PREPROCESSOR.name: towers.spec.title.tokenizer_json,
+    }
+    write_configs(folder / REPOSITORY, release, release.release_id)
+    for part in (*models.MODELS, *models.ENSEMBLES):
+        version_folder = folder / REPOSITORY / part.name / "1"
+        version_folder.mkdir()
+        if not isinstance(part, Model):
+            # Triton wants the folder; copies to object stores and images lose empty ones.
+            (version_folder / ".keep").touch()
+            continue
+        shutil.copyfile(SOURCES / part.name / "1" / "model.py", version_folder / "model.py")
+        if part.engine is Engine.NETWORK:
+            (folder / f"{part.name}.onnx").rename(version_folder / "model.onnx")
+        else:
+            (version_folder / "tokenizer.json").write_text(tokenizers[part.name], "utf-8")
+            _write_warmup(part, folder / REPOSITORY / part.name / "warmup")
+
+
+def write_configs(repository: Path, release: Release, release_id: str) -> None:
+    """Write every config file of every entry under `repository`."""
+    for part in (*models.MODELS, *models.ENSEMBLES):
+        for name, config in configs_of(part, release, release_id).items():
+            path = repository / part.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text_of(config), "utf-8")
+
+
+def _write_warmup(model: Model, folder: Path) -> None:
+    """One row for each BYTES input, as Triton reads it: four length bytes, then the value."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(picture, "PNG")
+    folder.mkdir()
+    for tensor in model.inputs:
+        if tensor.dtype is Dtype.BYTES:
+            value = picture.getvalue() if tensor is models.IMAGE else b"red shoes"
+            (folder / tensor.name).write_bytes(struct.pack("<I", len(value)) + value)
+
+
+def write_manifest(folder: Path, release: Release, proofs: list[dict[str, Any]]) -> None:
+    """Everything needed to remake and to trust the folder."""
+    manifest = {
+        "release_id": release.release_id,
+        "command": ["python", "-m", "export", *sys.argv[1:]],
+        "code": code_fingerprint(),
+        "parity": proofs,
+        "versions": {tool: version(tool) for tool in TOOLS} | {"python": sys.version.split()[0]},
+        "files": {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over the sources that decide what a release folder holds."""
+    digest = hashlib.sha256()
+    for room in ("export", "towers", "retrieval_contract", "model_repository"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make_read_only(folder: Path) -> None:
+    """A release never changes once it has its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+
+
+def _is_built(home: Path) -> bool:
+    manifest = home / MANIFEST_FILE
+    if not (home / RELEASE_FILE).is_file() or not manifest.is_file():
+        return False
+    code: str = json.loads(manifest.read_text("utf-8"))["code"]
+    return code == code_fingerprint()
+
+
+def _point_latest(home: Path) -> None:
+    link = home.parent / f".{LATEST}-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(home.name)
+    link.replace(home.parent / LATEST)

@@ -1,0 +1,157 @@
+"""Raw graph → contract graph: one small pass per concern, each `Graph → Graph`, in place.
+
+Loading into onnx-graphsurgeon and writing back drops the exporter's metadata, which holds a
+stack trace with local paths on every node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from retrieval_contract import models
+from retrieval_contract.errors import ExportError
+from retrieval_contract.release import ImageSpec
+from retrieval_contract.tensors import Model, Sizes, UpTo
+
+Pass = Callable[[gs.Graph], gs.Graph]
+
+MASK_FLOOR = np.float32(-1e4)
+"""Low enough that softmax gives exact zeros, and still finite in half precision."""
+LOWEST_HALF = -65504.0
+PRODUCER = "make-retrieval"
+
+
+def use_int32_inputs(graph: gs.Graph) -> gs.Graph:
+    """Token ids and masks as INT32: half the bytes, and what TensorRT binds without a cast."""
+    for tensor in graph.inputs:
+        if tensor.dtype == np.int64:
+            tensor.dtype = np.dtype(np.int32)
+    return graph
+
+
+def use_finite_masks(graph: gs.Graph) -> gs.Graph:
+    """Constants below half precision's range (−3.4e38 masks) become −1e4."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and tensor.values.dtype == np.float32:
+            low = tensor.values < LOWEST_HALF
+            if low.any():
+                tensor.values = np.where(low, MASK_FLOOR, tensor.values)
+    return graph
+
+
+def take_uint8_pixels(graph: gs.Graph, image: ImageSpec) -> gs.Graph:
+    """Replace the normalised float NCHW input by UINT8 NHWC, with the normalisation inside.
+
+    A quarter of the bytes on the wire, and no client can normalise wrongly. It is not folded
+    into the first convolution: zero padding at the border would then mean another colour.
+    """
+    old = next((t for t in graph.inputs if t.name == models.PIXELS.name), None)
+    if old is None:
+        return graph
+    scale = 1.0 / np.array(image.std, np.float64)
+    shift = -np.array(image.mean, np.float64) * scale
+    batch = old.shape[0]
+    old.name = "pixels_nchw"
+    pixels = gs.Variable(models.PIXELS.name, np.uint8, [batch, image.height, image.width, 3])
+    steps = [pixels] + [
+        gs.Variable(f"pixels_{step}", np.float32) for step in ("float", "scaled", "normalised")
+    ]
+    constants = {
+        "Mul": gs.Constant("pixels_scale", scale.astype(np.float32)),
+        "Add": gs.Constant("pixels_shift", shift.astype(np.float32)),
+    }
+    graph.nodes += [
+        gs.Node("Cast", "pixels_to_float", {"to": onnx.TensorProto.FLOAT}, [steps[0]], [steps[1]]),
+        gs.Node("Mul", "scale_pixels", inputs=[steps[1], constants["Mul"]], outputs=[steps[2]]),
+        gs.Node("Add", "shift_pixels", inputs=[steps[2], constants["Add"]], outputs=[steps[3]]),
+        gs.Node("Transpose", "pixels_to_nchw", {"perm": [0, 3, 1, 2]}, [steps[3]], [old]),
+    ]
+    graph.inputs[graph.inputs.index(old)] = pixels
+    return graph
+
+
+def name_by_contract(graph: gs.Graph, model: Model, sizes: Sizes) -> gs.Graph:
+    """Inputs and outputs get the contract's names, dtypes and axes, in its order."""
+    inner = graph.tensors()
+    for declared, tensor in zip(model.outputs, graph.outputs, strict=True):
+        if clash := inner.get(declared.name):
+            clash.name = f"inner_{declared.name}"
+        tensor.name, tensor.dtype = declared.name, declared.dtype.numpy
+    ends = {t.name: t for t in (*graph.inputs, *graph.outputs)}
+    for declared in (*model.inputs, *model.outputs):
+        if declared.name not in ends:
+            raise ExportError(
+                f"{model.name}: expected a tensor '{declared.name}', the graph has {sorted(ends)}"
+            )
+        lengths = zip(declared.axes, declared.dims(sizes), ends[declared.name].shape[1:],
+                      strict=True)  # fmt: skip
+        # An axis that the tower fixed (always padded to full length) stays fixed.
+        ends[declared.name].shape = ["batch"] + [
+            axis.size if isinstance(axis, UpTo) and not isinstance(traced, int) else
+            (traced if isinstance(axis, UpTo) else length)
+            for axis, length, traced in lengths
+        ]  # fmt: skip
+    graph.inputs = [ends[t.name] for t in model.inputs]
+    graph.outputs = [ends[t.name] for t in model.outputs]
+    return graph
+
+
+def fold(graph: gs.Graph) -> gs.Graph:
+    """Compute what is constant, drop what is dead, order the rest; declared inputs stay."""
+    graph.fold_constants().cleanup(remove_unused_graph_inputs=False).toposort()
+    return graph
+
+
+def passes(model: Model, image: ImageSpec, sizes: Sizes) -> list[Pass]:
+    """The passes of one tower, in their order."""
+    return [
+        use_int32_inputs,
+        use_finite_masks,
+        lambda graph: take_uint8_pixels(graph, image),
+        lambda graph: name_by_contract(graph, model, sizes),
+        fold,
+    ]
+
+
+def operate(raw: onnx.ModelProto, model: Model, image: ImageSpec, sizes: Sizes) -> onnx.ModelProto:
+    """All passes, then proof that the result is valid and is what the contract says."""
+    graph = gs.import_onnx(raw)
+    for one in passes(model, image, sizes):
+        graph = one(graph)
+    graph.name, graph.doc_string = model.name, ""
+    done = gs.export_onnx(graph, producer_name=PRODUCER, producer_version="")
+    del done.graph.value_info[:]
+    del done.metadata_props[:]
+    onnx.checker.check_model(done, full_check=True)
+    check_contract(done, model, sizes)
+    return done
+
+
+def check_contract(graph: onnx.ModelProto, model: Model, sizes: Sizes) -> None:
+    """Raise ExportError unless inputs and outputs are the contract's, in name, type and dims."""
+    wanted = [
+        (t.name, t.dtype.onnx, ["batch", *t.dims(sizes)]) for t in (*model.inputs, *model.outputs)
+    ]
+    found = []
+    for value in (*graph.graph.input, *graph.graph.output):
+        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        dims = [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim]
+        found.append((value.name, kind, dims))
+    for (name, dtype, dims), (got_name, got_dtype, got_dims) in zip(wanted, found, strict=False):
+        same = len(dims) == len(got_dims) and all(
+            want == got or want == -1 for want, got in zip(dims, got_dims, strict=True)
+        )
+        if (name, dtype) != (got_name, got_dtype) or not same:
+            raise ExportError(f"{model.name}: expected {name} {dtype} {dims}, got {got_name} "
+                              f"{got_dtype} {got_dims}")  # fmt: skip
+    if len(wanted) != len(found):
+        raise ExportError(f"{model.name}: expected {[w[0] for w in wanted]}, "
+                          f"got {[f[0] for f in found]}")  # fmt: skip
+    if foreign := {n.domain for n in graph.graph.node if n.domain not in ("", "ai.onnx")}:
+        raise ExportError(f"{model.name}: only standard ONNX operators may stay, got {foreign}")
+
+

@@ -1,0 +1,4 @@
+"""What a tensor is, in this project: the one place that server, towers and clients agree on.
+
+Importing it costs numpy and nothing else.
+"""

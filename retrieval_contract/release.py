@@ -1,0 +1,152 @@
+"""`release.json`: the sizes of a model, how its inputs are prepared, and who it is.
+
+Export writes it beside the models; servers, clients and the index all derive from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from retrieval_contract import models
+from retrieval_contract.errors import ContractError
+from retrieval_contract.tensors import Sizes, Tensor
+
+RELEASE_FILE = "release.json"
+RELEASE_PARAMETER = "release_id"
+"""Key of the release id in every Triton config's parameters and collection's properties."""
+
+PREPROCESSING_VERSION = 1
+"""Raise it when `preprocess.py` would turn the same bytes into other tensors."""
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How text becomes token ids.
+
+    `pad_to` is "longest" (of the batch, in steps of 8) or "max" for towers that were trained
+    on full-length padding (SigLIP). Lengths: tokens for `max_tokens`, characters for
+    `max_chars`, past which a text is refused and not silently cut.
+    """
+
+    max_tokens: int
+    pad_id: int
+    max_chars: int
+    pad_to: Literal["longest", "max"] = "longest"
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image file becomes pixels; mean and std are on the 0..255 scale.
+
+    `fit`: "pad" keeps the whole picture on a `background` border, "crop" keeps the middle,
+    "squash" ignores the aspect ratio.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Literal["pad", "crop", "squash"] = "pad"
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    background: tuple[int, int, int] = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One exported pair of towers. `hashes` are SHA-256 by part: weights, tokenizers."""
+
+    family: str
+    vector_dim: int
+    vocabulary: int
+    query: TextSpec
+    title: TextSpec
+    image: ImageSpec
+    hashes: dict[str, str]
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, size in self.sizes.items():
+            if size < 1:
+                raise ContractError(f"release: {name} must be at least 1, got {size}")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Every number that `models.py` asks for by name."""
+        return {
+            "vector_dim": self.vector_dim,
+            "vocabulary": self.vocabulary,
+            "query_tokens": self.query.max_tokens,
+            "title_tokens": self.title.max_tokens,
+            "image_height": self.image.height,
+            "image_width": self.image.width,
+        }
+
+    @property
+    def release_id(self) -> str:
+        """16 hex digits over weights, tokenizers, preprocessing, precision and contract."""
+        identity = dataclasses.asdict(self) | {"contract": contract_fingerprint()}
+        return sha256_of_json(identity)[:16]
+
+    def to_json(self) -> str:
+        """The text of `release.json`."""
+        return json.dumps({RELEASE_PARAMETER: self.release_id} | dataclasses.asdict(self), indent=2)
+
+    def save(self, folder: Path) -> None:
+        """Write `release.json` into `folder`."""
+        (folder / RELEASE_FILE).write_text(self.to_json() + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Release:
+        """Read `release.json` of `folder`; ContractError when absent, edited or of other code."""
+        path = folder / RELEASE_FILE
+        if not path.is_file():
+            raise ContractError(f"{path}: not found; build it with `python -m export repository`")
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            stored_id = stored.pop(RELEASE_PARAMETER)
+            release = cls(
+                **stored
+                | {
+                    "query": TextSpec(**stored["query"]),
+                    "title": TextSpec(**stored["title"]),
+                    "image": image_spec_from_json(stored["image"]),
+                }
+            )
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ContractError(f"{path}: not a release file ({exc}); export it again") from exc
+        if stored_id != release.release_id:
+            raise ContractError(
+                f"{path}: says release {stored_id}, but its content under this code is "
+                f"{release.release_id}; it was edited or made by another version: export it again"
+            )
+        return release
+
+
+def image_spec_from_json(stored: dict[str, Any]) -> ImageSpec:
+    """JSON has no tuples: give them back."""
+    return ImageSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+
+def contract_fingerprint() -> str:
+    """SHA-256 over all that the code fixes: names, dtypes, axes, fields, preprocessing."""
+
+    def tensor(t: Tensor) -> list[str]:
+        return [t.name, t.dtype.name, *map(str, t.axes)]
+
+    declared = {
+        part.name: [[tensor(t) for t in part.inputs], [tensor(t) for t in part.outputs]]
+        for part in (*models.MODELS, *models.ENSEMBLES)
+    }
+    fields = [[f.name, f.kind, f.max_bytes, f.size] for f in models.PRODUCTS.fields]
+    return sha256_of_json([declared, fields, models.PRODUCTS.metric, PREPROCESSING_VERSION])
+
+
+def sha256_of_json(value: object) -> str:
+    """SHA-256 of the canonical JSON text of `value`, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""Helpers of the Python models inside Triton: merge requests, split replies, run ONNX.
+
+Only Triton's Python stub imports this file: `triton_python_backend_utils` exists there alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from retrieval_contract.release import ImageSpec, TextSpec, image_spec_from_json
+from retrieval_contract.tensors import Array
+
+TOKENIZER_FILE = "tokenizer.json"
+ONNX_FILE = "model.onnx"
+
+
+def version_folder(args: dict[str, str]) -> Path:
+    """The folder of the version that Triton is loading."""
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def parameter(args: dict[str, str], name: str) -> Any:
+    """One JSON value from the model's config parameters."""
+    return json.loads(json.loads(args["model_config"])["parameters"][name]["string_value"])
+
+
+def text_spec(args: dict[str, str]) -> TextSpec:
+    """The TextSpec that export wrote into this model's config."""
+    return TextSpec(**parameter(args, "text"))
+
+
+def image_spec(args: dict[str, str]) -> ImageSpec:
+    """The ImageSpec that export wrote into this model's config."""
+    return image_spec_from_json(parameter(args, "image"))
+
+
+def execute_merged(
+    requests: Sequence[Any], names: Sequence[str], compute: Callable[..., dict[str, Array]]
+) -> list[Any]:
+    """Run `compute` once over the rows of all requests, and give each request its rows.
+
+    `compute` takes one array a name, rows first, and returns outputs by name, rows first.
+    """
+    inputs = [
+        [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in names
+    ]
+    outputs = compute(*map(np.concatenate, inputs))
+    ends = np.cumsum([len(rows) for rows in inputs[0]])[:-1]
+    split = {name: np.split(rows, ends) for name, rows in outputs.items()}
+    return [
+        pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, np.ascontiguousarray(parts[i])) for name, parts in split.items()]
+        )
+        for i in range(len(requests))
+    ]
+
+
+def strings(rows: Sequence[str]) -> Array:
+    """Texts → a BYTES column, object (rows, 1)."""
+    return np.array([[row.encode()] for row in rows], np.object_).reshape(-1, 1)
+
+
+class OnnxTower:
+    """A tower on ONNX Runtime's CPU provider, for servers that have no such backend."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the graph beside this model; thread count from the config."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = parameter(args, "intra_op_threads")
+        options.inter_op_num_threads = 1
+        # Spinning threads steal the core from the tokenizer and from the server itself.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = ort.InferenceSession(
+            str(version_folder(args) / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One run over the merged batch."""
+        return execute_merged(requests, self.inputs, self._run)
+
+    def _run(self, *arrays: Array) -> dict[str, Array]:
+        feed = dict(zip(self.inputs, arrays, strict=True))
+        return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))

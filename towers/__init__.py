@@ -1,0 +1,1 @@
+"""The towers in PyTorch, and how a checkpoint becomes them."""

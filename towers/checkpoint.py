@@ -1,0 +1,107 @@
+"""A checkpoint is a folder: `config.json`, `model.safetensors`, `tokenizer.json`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from retrieval_contract.errors import CheckpointError
+from towers import make
+from towers.two_towers import TwoTowers
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+CLIP_FAMILIES = ("clip", "siglip", "siglip2", "chinese_clip")
+
+
+def load_towers(where: str) -> TwoTowers:
+    """The towers of a checkpoint folder, in evaluation mode.
+
+    `config.json` says which: `"family": "make"` is ours, `"family": "package.module:function"`
+    is yours (called with the folder, returns a TwoTowers), and a Hugging Face `model_type` of
+    the CLIP family is adapted. A name that is no folder is looked up on the Hugging Face hub.
+    Raises CheckpointError.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        return _clip(where)
+    config = _read(folder / CONFIG_FILE)
+    try:
+        family = json.loads(config)
+        family = family.get("family") or family.get("model_type", "")
+    except (ValueError, AttributeError) as exc:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: not a JSON object ({exc})") from exc
+    if family == make.FAMILY:
+        return load_make(folder).eval()
+    if family in CLIP_FAMILIES:
+        return _clip(where)
+    if ":" in family:
+        return _plugin(family)(folder).eval()
+    raise CheckpointError(
+        f"{folder}: expected family 'make', 'package.module:function' or a Hugging Face "
+        f"model_type of {CLIP_FAMILIES}, got {family!r}"
+    )
+
+
+def load_make(folder: Path) -> make.Make:
+    """A MAKE checkpoint; every weight must be there, in the shape that the config asks for."""
+    config = make.MakeConfig.from_json(_read(folder / CONFIG_FILE))
+    towers = make.Make(config, _read(folder / TOKENIZER_FILE))
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found; a checkpoint has {CONFIG_FILE}, "
+                              f"{WEIGHTS_FILE}, {TOKENIZER_FILE}")  # fmt: skip
+    try:
+        weights = load_file(path)
+    except SafetensorError as exc:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({exc})") from exc
+    wanted = {name: tuple(t.shape) for name, t in towers.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if wanted != found:
+        names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+        first = names[0]
+        raise CheckpointError(
+            f"{path}: {len(names)} tensors do not fit {CONFIG_FILE}, the first is {first}: "
+            f"expected {wanted.get(first)}, got {found.get(first)}; restore the config or "
+            "make the weights anew (python -m towers.pretrained)"
+        )
+    towers.load_state_dict(weights)
+    return towers
+
+
+def save_make(towers: make.Make, folder: Path) -> None:
+    """Write the three files; float32, one copy of each weight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(towers.config.to_json(), "utf-8")
+    (folder / TOKENIZER_FILE).write_text(towers.spec.title.tokenizer_json, "utf-8")
+    state = {name: tensor.contiguous() for name, tensor in towers.named_state()}
+    save_file(state, folder / WEIGHTS_FILE)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: not found; a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
+        )
+    return path.read_text("utf-8")
+
+
+def _clip(where: str) -> TwoTowers:
+    from towers.clip import load_clip
+
+    return load_clip(where).eval()
+
+
+def _plugin(family: str) -> Callable[[Path], TwoTowers]:
+    module, _, function = family.partition(":")
+    try:
+        loader: Callable[[Path], TwoTowers] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as exc:
+        raise CheckpointError(f"family {family!r}: cannot be imported ({exc})") from exc
+    return loader
