@@ -27,6 +27,7 @@ from typing import IO
 
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
+
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
@@ -41,8 +42,10 @@ DRAIN_S = 30
 """What Triton gives requests in flight after SIGTERM; 10 s later it is killed."""
 
 # Without a GPU Triton complains about CUDA on every start; it means nothing here.
-HARMLESS = re.compile(r"CudaDriverHelper|unable to create stream|libcuda\.so|CUDA driver|"
-                      r"no CUDA-capable|Unable to allocate pinned|pinned memory pool")  # fmt: skip
+HARMLESS = re.compile(
+    r"CudaDriverHelper|unable to create stream|libcuda\.so|CUDA driver|"
+    r"no CUDA-capable|Unable to allocate pinned|pinned memory pool"
+)
 
 # The lines that say why a start failed, out of the tables around them.
 TELLING = re.compile(r"^E\d{4}|^error|UNAVAILABLE")
@@ -99,19 +102,23 @@ class Wheel:
 def find_wheel(python: Path) -> Wheel:
     """Locate Triton through the server environment's interpreter; DeployError when it is not."""
     if not python.exists():
-        raise DeployError(f"{python}: no server environment there; run `make setup` or give "
-                          "--server-python")  # fmt: skip
+        raise DeployError(
+            f"{python}: no server environment there; run `make setup` or give --server-python"
+        )
     found = json.loads(subprocess.check_output([python, "-c", PROBE], text=True))
     site = Path(found["site"])
     triton = site / "pytriton" / "tritonserver"
     if not (triton / "bin" / "tritonserver").exists():
-        raise DeployError(f"{python}: the package nvidia-pytriton is not installed there; run "
-                          "`make setup`")  # fmt: skip
+        raise DeployError(
+            f"{python}: the package nvidia-pytriton is not installed there; run `make setup`"
+        )
     stub = triton / "python_backend_stubs" / found["version"] / "triton_python_backend_stub"
     if not stub.exists():
         have = sorted(p.name for p in stub.parent.parent.iterdir())
-        raise DeployError(f"Python {found['version']}: Triton's wheel has stubs for {have} only; "
-                          "make the server environment with one of those")  # fmt: skip
+        raise DeployError(
+            f"Python {found['version']}: Triton's wheel has stubs for {have} only; "
+            "make the server environment with one of those"
+        )
     wheel = Wheel(python, site, stub, f"{site}/nvidia_pytriton.libs:{found['libdir']}")
     _check_libraries(wheel, found["version"])
     return wheel
@@ -123,8 +130,10 @@ def _check_libraries(wheel: Wheel, version: str) -> None:
     listing = subprocess.run(["ldd", wheel.stub], env=env, capture_output=True, text=True)
     missing = [line.split()[0] for line in listing.stdout.splitlines() if "not found" in line]
     if missing:
-        raise DeployError(f"Triton's Python stub lacks {missing}; on Debian and Ubuntu: "
-                          f"apt-get install libpython{version}")  # fmt: skip
+        raise DeployError(
+            f"Triton's Python stub lacks {missing}; on Debian and Ubuntu: "
+            f"apt-get install libpython{version}"
+        )
 
 
 def check_release(folder: Path, target: Target) -> Release:
@@ -134,16 +143,20 @@ def check_release(folder: Path, target: Target) -> Release:
     for part in (*models.MODELS, *models.ENSEMBLES):
         version = repository / part.name / "1"
         tower = part in models.TOWERS
-        needed = [version, repository / part.name / (f"configs/{target}.pbtxt" if tower
-                                                     else "config.pbtxt")]  # fmt: skip
+        needed = [
+            version,
+            repository / part.name / (f"configs/{target}.pbtxt" if tower else "config.pbtxt"),
+        ]
         if part in models.MODELS and not (tower and target is Target.GPU):
             needed.append(version / "model.py")
         if tower:
             needed.append(version / ("model.plan" if target is Target.GPU else "model.onnx"))
         for path in needed:
             if not path.exists():
-                raise DeployError(f"{path}: not found; the release is not whole, build it again "
-                                  "with `python -m export repository`")  # fmt: skip
+                raise DeployError(
+                    f"{path}: not found; the release is not whole, build it again "
+                    "with `python -m export repository`"
+                )
     return release
 
 
@@ -165,8 +178,15 @@ def choose_ports(host: str, grpc: int = 0, http: int = 0, metrics: int = 0) -> P
     return Ports(*chosen)
 
 
-def command(wheel: Wheel, backends: Path, repository: Path, host: str, ports: Ports,
-            target: Target, shm_prefix: str) -> list[str]:  # fmt: skip
+def command(
+    wheel: Wheel,
+    backends: Path,
+    repository: Path,
+    host: str,
+    ports: Ports,
+    target: Target,
+    shm_prefix: str,
+) -> list[str]:
     """The server's command line."""
     flags: dict[str, object] = {
         "model-repository": repository,
@@ -182,7 +202,11 @@ def command(wheel: Wheel, backends: Path, repository: Path, host: str, ports: Po
         flags[f"{protocol}-address"] = host
         flags[f"{protocol}-port"] = getattr(ports, protocol)
     binary = wheel.triton / "bin" / "tritonserver"
-    return [str(binary), "--disable-auto-complete-config", *(f"--{k}={v}" for k, v in flags.items())]
+    return [
+        str(binary),
+        "--disable-auto-complete-config",
+        *(f"--{k}={v}" for k, v in flags.items()),
+    ]
 
 
 @contextlib.contextmanager
@@ -214,12 +238,24 @@ def triton(
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         env.pop("PYTHONPATH", None)
-        args = command(wheel, backends, (release_folder / "model_repository").resolve(), host,
-                       ports, target, shm_prefix)  # fmt: skip
+        args = command(
+            wheel,
+            backends,
+            (release_folder / "model_repository").resolve(),
+            host,
+            ports,
+            target,
+            shm_prefix,
+        )
         process = subprocess.Popen(
-            args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+            args,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         tail = _pump(process, log)
         try:
             version = _wait_ready(process, f"{host}:{ports.grpc}", tail)
@@ -263,8 +299,10 @@ def _wait_ready(process: subprocess.Popen[str], address: str, tail: list[str]) -
     while time.monotonic() < deadline:
         if process.poll() is not None:
             time.sleep(0.2)  # let the pump read the last words
-            raise DeployError(f"Triton exited with code {process.returncode} while starting; its "
-                              f"last words:\n{''.join(tail)}")  # fmt: skip
+            raise DeployError(
+                f"Triton exited with code {process.returncode} while starting; its "
+                f"last words:\n{''.join(tail)}"
+            )
         try:
             with Encoder(Settings(triton=address)) as encoder:
                 encoder.encode_queries(["ready"])
@@ -272,8 +310,10 @@ def _wait_ready(process: subprocess.Popen[str], address: str, tail: list[str]) -
         except RetrievalError as exc:
             problem = str(exc)
             time.sleep(0.2)
-    raise DeployError(f"Triton was not ready after {READY_TIMEOUT_S:.0f} s ({problem}); its last "
-                      f"words:\n{''.join(tail)}")  # fmt: skip
+    raise DeployError(
+        f"Triton was not ready after {READY_TIMEOUT_S:.0f} s ({problem}); its last "
+        f"words:\n{''.join(tail)}"
+    )
 
 
 def stop(process: subprocess.Popen[str]) -> None:
@@ -304,8 +344,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
-        with triton(args.release, server_python=args.server_python, host=args.host,
-                    ports=ports) as server:  # fmt: skip
+        with triton(
+            args.release, server_python=args.server_python, host=args.host, ports=ports
+        ) as server:
             _announce(server)
             code = server.process.wait()
             raise DeployError(f"Triton exited by itself with code {code}; see its log above")
@@ -317,8 +358,11 @@ def main() -> None:
 
 def _announce(server: Server) -> None:
     release = server.release
-    print(f"{server.triton} serves release {release.release_id} ({release.family}, "
-          f"{release.vector_dim} dims) at", file=sys.stderr)  # fmt: skip
+    print(
+        f"{server.triton} serves release {release.release_id} ({release.family}, "
+        f"{release.vector_dim} dims) at",
+        file=sys.stderr,
+    )
     print(f"  gRPC    {server.grpc_address}", file=sys.stderr)
     print(f"  HTTP    http://{server.host}:{server.ports.http}", file=sys.stderr)
     print(f"  metrics http://{server.host}:{server.ports.metrics}/metrics", file=sys.stderr)

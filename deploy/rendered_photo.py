@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from deploy.rendered_shapes import RIGID, STANDING, TURNABLE, Part, shape
+from deploy.rendered_shapes import KNITTED, RIGID, SHAPES, STANDING, TURNABLE, Part, shape
 
 WIDTH, HEIGHT = 240, 320
 SCALE = 2  # canvas pixels per picture pixel, both ways
@@ -22,9 +22,9 @@ ROWS, COLS = HEIGHT * SCALE, WIDTH * SCALE
 Rgb = tuple[int, int, int]
 Window = tuple[slice, slice]
 
-OPACITY = {"seam": 0.75, "crease": 0.28, "shine": 0.26, "sheen": 0.3, "warm": 0.2, "glow": 0.45}
+PATTERNS = ("plain", "striped", "checked", "polka dot", "floral")
+OPACITY = {"seam": 0.75, "crease": 0.28, "shine": 0.26, "sheen": 0.3, "warm": 0.12, "glow": 0.45}
 SOFT_EDGED = {"crease": 1.5, "shine": 5, "sheen": 3, "warm": 9, "glow": 16}
-KNITTED = {"wool", "knit", "cashmere", "fleece"}
 BACKDROPS = ((236, 233, 228), (226, 231, 236), (238, 228, 224), (226, 234, 228),
              (232, 228, 238), (240, 235, 222), (222, 226, 228))
 LIGHT_ACCENTS = ((246, 243, 236), (242, 232, 208), (220, 230, 242))
@@ -35,12 +35,11 @@ LEAF = (92, 128, 84)
 
 @dataclass(frozen=True)
 class Look:
-    """What a product looks like: its kind, main colour, pattern and material."""
+    """What a product looks like: its kind, main colour and pattern."""
 
     kind: str
     colour: Rgb
     pattern: str = "plain"
-    material: str = ""
 
 
 @dataclass
@@ -54,12 +53,12 @@ class Scene:
     palette: dict[str, np.ndarray]  # paint -> (3,)
     pose: np.ndarray  # (2, 2) product to picture
     centre: np.ndarray  # (2,) canvas pixels
-    print_: Print
+    motif: Motif
     knitted: bool
 
 
 @dataclass(frozen=True)
-class Print:
+class Motif:
     """The pattern of one product: its sort, size in pixels, turn and second colours."""
 
     sort: str
@@ -73,6 +72,10 @@ class Print:
 
 def photograph(look: Look, rng: np.random.Generator) -> bytes:
     """Draw a product and return the picture as JPEG bytes, WIDTH x HEIGHT pixels."""
+    if look.kind not in SHAPES:
+        raise ValueError(f"cannot draw a {look.kind!r}; the kinds are {', '.join(SHAPES)}")
+    if look.pattern not in PATTERNS:
+        raise ValueError(f"no pattern {look.pattern!r}; the patterns are {', '.join(PATTERNS)}")
     scene = _scene(look, rng)
     parts = shape(look.kind)
     _drop_shadow(scene, parts, standing=look.kind in STANDING)
@@ -105,7 +108,7 @@ def _scene(look: Look, rng: np.random.Generator) -> Scene:
     if look.kind not in RIGID:
         across, down = across + 1.1 * drape, down + 1.4 * drape
     return Scene(_backdrop(rng), across, down, folds, _palette(look, rng), pose, centre,
-                 _print(look, rng), look.material in KNITTED)
+                 _motif(look, rng), look.kind in KNITTED)
 
 
 def _clouds(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
@@ -156,13 +159,13 @@ def _accent(main: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return choices[rng.integers(len(choices))]
 
 
-def _print(look: Look, rng: np.random.Generator) -> Print:
+def _motif(look: Look, rng: np.random.Generator) -> Motif:
     """Choose the size and second colours of a product's pattern."""
     main = np.array(look.colour, np.float32)
     sizes = {"striped": (11, 18), "checked": (16, 25), "polka dot": (12, 19), "floral": (25, 33)}
     petals = np.array(PETALS, np.float32)
     contrast = np.abs(petals - main).sum(axis=1)
-    return Print(
+    return Motif(
         sort=look.pattern,
         period=rng.uniform(*sizes.get(look.pattern, (10, 11))),
         upright=rng.random() < 0.3,
@@ -185,18 +188,19 @@ def _drop_shadow(scene: Scene, parts: tuple[Part, ...], *, standing: bool) -> No
     scene.canvas *= 1 - 0.34 * np.roll(soft, (shift * SCALE, shift), axis=(0, 1))[..., None]
     if standing:
         left, top, right, bottom = whole.getbbox()
-        flat = whole.crop((left, top, right, bottom)).resize((right - left, 22 * SCALE))
+        feet = whole.crop((left, bottom - (bottom - top) // 6, right, bottom))
+        flat = feet.resize((right - left, 22 * SCALE))
         floor = Image.new("L", (COLS, ROWS))
-        floor.paste(flat, (left + 4 * SCALE, bottom - 15 * SCALE))
+        floor.paste(flat, (left + 4 * SCALE, bottom - 10 * SCALE))
         pool = np.asarray(floor.filter(ImageFilter.GaussianBlur(5 * SCALE)), np.float32) / 255
-        scene.canvas *= 1 - 0.5 * pool[..., None]
+        scene.canvas *= 1 - 0.55 * pool[..., None]
 
 
 def _paint(scene: Scene, part: Part) -> None:
     """Paint one part over the canvas: its contact shadow, then its colour in the light."""
     depth = part.options.get("d", 0.0)
     blur = SOFT_EDGED.get(part.paint, 0.0)
-    window, mask = _mask(scene, part, margin=2 * SCALE * max(depth, blur, 2))
+    window, mask = _mask(scene, part, margin=SCALE * (2 * max(depth, blur, 2) + part.stroke))
     opacity = OPACITY.get(part.paint, 1.0)
     view = scene.canvas[window]
     light = np.ones((1, 1), np.float32)
@@ -268,7 +272,7 @@ def _cloth(scene: Scene, part: Part, window: Window) -> np.ndarray:
     v = scene.down[window] + part.options.get("s", 0.0) * np.abs(u)
     colour = np.broadcast_to(scene.palette[part.paint], (*u.shape, 3))
     if part.paint == "cloth":
-        for weight, ink in _layers(scene.print_, u, v):
+        for weight, ink in _layers(scene.motif, u, v):
             colour = colour + weight[..., None] * (ink - colour)
     if scene.knitted or part.paint == "rib":
         ribs = np.sin(u * 2.1 + (0.0 if part.paint == "rib" else 1.2 * np.abs(np.sin(v))))
@@ -282,38 +286,38 @@ def _band(x: np.ndarray, period: float, share: float) -> np.ndarray:
     return np.clip((wave - 1 + share) * period + 0.5, 0, 1)
 
 
-def _layers(look: Print, u: np.ndarray, v: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _layers(motif: Motif, u: np.ndarray, v: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """The inks of a pattern from bottom to top: how much covers each pixel, and its colour."""
-    if look.sort == "striped":
-        return [(_band(u if look.upright else v, look.period, look.share), look.accent)]
-    if look.sort == "checked":
-        weave = _band(u, look.period, 0.42) + _band(v, look.period, 0.42)
-        return [(0.42 * weave, look.accent)]
-    if look.sort == "polka dot":
-        x = u / look.period
-        y = v / look.period + 0.5 * (np.floor(x) % 2)
-        away = np.hypot(x % 1 - 0.5, y % 1 - 0.5) * look.period
-        return [(np.clip(look.period * 0.26 - away + 0.5, 0, 1), look.accent)]
-    if look.sort == "floral":
-        return _flowers(look, u, v)
+    if motif.sort == "striped":
+        return [(_band(u if motif.upright else v, motif.period, motif.share), motif.accent)]
+    if motif.sort == "checked":
+        weave = _band(u, motif.period, 0.42) + _band(v, motif.period, 0.42)
+        return [(0.42 * weave, motif.accent)]
+    if motif.sort == "polka dot":
+        x = u / motif.period
+        y = v / motif.period + 0.5 * (np.floor(x) % 2)
+        away = np.hypot(x % 1 - 0.5, y % 1 - 0.5) * motif.period
+        return [(np.clip(motif.period * 0.26 - away + 0.5, 0, 1), motif.accent)]
+    if motif.sort == "floral":
+        return _flowers(motif, u, v)
     return []
 
 
-def _flowers(look: Print, u: np.ndarray, v: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _flowers(motif: Motif, u: np.ndarray, v: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Five-petalled flowers with yellow hearts, and leaves between them."""
-    x, y = u / look.period, v / look.period
+    x, y = u / motif.period, v / motif.period
     y = y + 0.5 * (np.floor(x) % 2)
-    jitter = look.jitter[np.floor(y).astype(int) % 32, np.floor(x).astype(int) % 32]
-    dx = (x % 1 - 0.5 - 0.1 * jitter[..., 0]) * look.period
-    dy = (y % 1 - 0.5 - 0.1 * jitter[..., 1]) * look.period
+    jitter = motif.jitter[np.floor(y).astype(int) % 32, np.floor(x).astype(int) % 32]
+    dx = (x % 1 - 0.5 - 0.1 * jitter[..., 0]) * motif.period
+    dy = (y % 1 - 0.5 - 0.1 * jitter[..., 1]) * motif.period
     away = np.hypot(dx, dy)
-    size = look.period * (0.32 + 0.05 * jitter[..., 2])
+    size = motif.period * (0.32 + 0.05 * jitter[..., 2])
     petals = size * (0.74 + 0.26 * np.cos(5 * np.arctan2(dy, dx) + 3 * jitter[..., 2]))
     lx = (x + 0.5) % 1 - 0.5
     ly = (y + 0.25) % 1 - 0.5
-    leaf = np.hypot((lx + ly) * 1.4, (lx - ly) * 3.2) * look.period
+    leaf = np.hypot((lx + ly) * 1.4, (lx - ly) * 3.2) * motif.period
     green = np.array(LEAF, np.float32)
     heart = np.array((232, 184, 72), np.float32)
-    return [(np.clip(look.period * 0.24 - leaf, 0, 1), green),
-            (np.clip(petals - away + 0.5, 0, 1), look.petal),
+    return [(np.clip(motif.period * 0.24 - leaf, 0, 1), green),
+            (np.clip(petals - away + 0.5, 0, 1), motif.petal),
             (np.clip(size * 0.3 - away + 0.5, 0, 1), heart)]

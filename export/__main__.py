@@ -1,8 +1,8 @@
 """python -m export onnx|repository|configs: checkpoint → what servers load.
 
-    onnx        --checkpoint DIR --out DIR        both towers as ONNX, parity enforced
-    repository  --checkpoint DIR [--out DIR]      a whole release under build/releases/<id>
-    configs                                       remake the committed configs (reference sizes)
+onnx        --checkpoint DIR --out DIR        both towers as ONNX, parity enforced
+repository  --checkpoint DIR [--out DIR]      a whole release under build/releases/<id>
+configs                                       remake the committed configs (reference sizes)
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ def reference_release() -> Release:
     """The default MAKE's sizes without weights: what the committed configs show."""
     spec = spec_from_config(MakeConfig(), vocabulary=30522, tokenizer_json="")
     return Release(
-        spec.family, spec.vector_dim, spec.vocabulary, spec.query.spec, spec.title.spec,
-        spec.image, hashes={},
-    )  # fmt: skip
+        spec.family,
+        spec.vector_dim,
+        spec.vocabulary,
+        spec.query.spec,
+        spec.title.spec,
+        spec.image,
+        hashes={},
+    )
 
 
 def main() -> None:

@@ -42,9 +42,7 @@ KNOBS = {
 }
 
 
-def configs_of(
-    part: Model | Ensemble, release: Release, release_id: str
-) -> dict[str, ModelConfig]:
+def configs_of(part: Model | Ensemble, release: Release, release_id: str) -> dict[str, ModelConfig]:
     """Every config file of one repository entry, by its path inside the entry.
 
     A tower has one config per target and no `config.pbtxt`: a server started without
@@ -108,7 +106,9 @@ def _base(part: Model | Ensemble, release: Release, release_id: str) -> ModelCon
         config.input.append(_input(tensor, release))
     for tensor in part.outputs:
         config.output.append(
-            ModelOutput(name=tensor.name, data_type=tensor.dtype.config, dims=_dims(tensor, release))
+            ModelOutput(
+                name=tensor.name, data_type=tensor.dtype.config, dims=_dims(tensor, release)
+            )
         )
     config.parameters[RELEASE_PARAMETER].string_value = release_id
     return config
@@ -149,9 +149,7 @@ def _dims(tensor: Tensor, release: Release) -> tuple[int, ...]:
     largest = tensor.largest(release.sizes)
     return tuple(
         bound if dim < 0 and full[getattr(axis, "size", "")] else dim
-        for axis, dim, bound in zip(
-            tensor.axes, tensor.dims(release.sizes), largest, strict=True
-        )
+        for axis, dim, bound in zip(tensor.axes, tensor.dims(release.sizes), largest, strict=True)
     )
 
 

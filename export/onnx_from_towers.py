@@ -77,9 +77,7 @@ def example_inputs(model: Model, sizes: Sizes, batch: int = 2) -> dict[str, Tens
             image = (batch, 3, sizes["image_height"], sizes["image_width"])
             example[tensor.name] = torch.randn(image, generator=generator)
         elif tensor.name.endswith("_ids"):
-            example[tensor.name] = torch.randint(
-                0, sizes["vocabulary"], shape, generator=generator
-            )
+            example[tensor.name] = torch.randint(0, sizes["vocabulary"], shape, generator=generator)
         else:
             example[tensor.name] = torch.ones(shape, dtype=torch.long)
     return example
@@ -93,8 +91,9 @@ def onnx_from_towers(towers: TwoTowers, model: Model) -> onnx.ModelProto:
     """
     sizes = towers.release().sizes
     example = example_inputs(model, sizes)
-    dynamic = {t.name: {0: torch.export.Dim("batch", min=1, max=model.batch.max)}
-               for t in model.inputs}  # fmt: skip
+    dynamic = {
+        t.name: {0: torch.export.Dim("batch", min=1, max=model.batch.max)} for t in model.inputs
+    }
     # A tower that always pads to the full length may rely on it: then the axis is fixed.
     fixed = {"query_tokens": towers.spec.query.spec, "title_tokens": towers.spec.title.spec}
     for tensor in model.inputs:

@@ -43,8 +43,17 @@ REPOSITORY = "model_repository"
 LATEST = "latest"
 UNRELEASED = "unreleased"
 """The release id in the committed configs, which belong to no weights."""
-TOOLS = ("torch", "onnx", "onnxruntime", "onnx_graphsurgeon", "onnxscript", "transformers",
-         "tokenizers", "numpy", "pillow")  # fmt: skip
+TOOLS = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnx_graphsurgeon",
+    "onnxscript",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+)
 
 
 def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[str, Any]]:

@@ -87,14 +87,16 @@ def name_by_contract(graph: gs.Graph, model: Model, sizes: Sizes) -> gs.Graph:
             raise ExportError(
                 f"{model.name}: expected a tensor '{declared.name}', the graph has {sorted(ends)}"
             )
-        lengths = zip(declared.axes, declared.dims(sizes), ends[declared.name].shape[1:],
-                      strict=True)  # fmt: skip
+        lengths = zip(
+            declared.axes, declared.dims(sizes), ends[declared.name].shape[1:], strict=True
+        )
         # An axis that the tower fixed (always padded to full length) stays fixed.
         ends[declared.name].shape = ["batch"] + [
-            axis.size if isinstance(axis, UpTo) and not isinstance(traced, int) else
-            (traced if isinstance(axis, UpTo) else length)
+            axis.size
+            if isinstance(axis, UpTo) and not isinstance(traced, int)
+            else (traced if isinstance(axis, UpTo) else length)
             for axis, length, traced in lengths
-        ]  # fmt: skip
+        ]
     graph.inputs = [ends[t.name] for t in model.inputs]
     graph.outputs = [ends[t.name] for t in model.outputs]
     return graph
@@ -146,12 +148,13 @@ def check_contract(graph: onnx.ModelProto, model: Model, sizes: Sizes) -> None:
             want == got or want == -1 for want, got in zip(dims, got_dims, strict=True)
         )
         if (name, dtype) != (got_name, got_dtype) or not same:
-            raise ExportError(f"{model.name}: expected {name} {dtype} {dims}, got {got_name} "
-                              f"{got_dtype} {got_dims}")  # fmt: skip
+            raise ExportError(
+                f"{model.name}: expected {name} {dtype} {dims}, got {got_name} "
+                f"{got_dtype} {got_dims}"
+            )
     if len(wanted) != len(found):
-        raise ExportError(f"{model.name}: expected {[w[0] for w in wanted]}, "
-                          f"got {[f[0] for f in found]}")  # fmt: skip
+        raise ExportError(
+            f"{model.name}: expected {[w[0] for w in wanted]}, got {[f[0] for f in found]}"
+        )
     if foreign := {n.domain for n in graph.graph.node if n.domain not in ("", "ai.onnx")}:
         raise ExportError(f"{model.name}: only standard ONNX operators may stay, got {foreign}")
-
-

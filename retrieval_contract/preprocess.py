@@ -58,8 +58,9 @@ def text_from_bytes(raw: bytes, max_chars: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise ItemError(Reason.NOT_UTF8, f"expected UTF-8 text, got byte {exc.start} that is "
-                        "not; convert it") from exc  # fmt: skip
+        raise ItemError(
+            Reason.NOT_UTF8, f"expected UTF-8 text, got byte {exc.start} that is not; convert it"
+        ) from exc
     if "\0" in text:
         raise ItemError(Reason.NUL, "the text holds a NUL character; remove it")
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -125,8 +126,10 @@ class ImagePreprocessor:
         from PIL import Image
 
         self.spec = spec
-        self._resample = {"bilinear": Image.Resampling.BILINEAR,
-                          "bicubic": Image.Resampling.BICUBIC}[spec.resample]  # fmt: skip
+        self._resample = {
+            "bilinear": Image.Resampling.BILINEAR,
+            "bicubic": Image.Resampling.BICUBIC,
+        }[spec.resample]
 
     def __call__(self, raw: Sequence[bytes]) -> ImageBatch:
         spec = self.spec
@@ -185,10 +188,13 @@ class ProductPreprocessor:
         status = [t or i for t, i in zip(text.status, picture.status, strict=True)]
         there = text.present | picture.present
         status = [
-            s if s or flag else str(ItemError(Reason.NOTHING_TO_ENCODE,
-                                              "expected a title or an image, got neither"))
+            s
+            if s or flag
+            else str(
+                ItemError(Reason.NOTHING_TO_ENCODE, "expected a title or an image, got neither")
+            )
             for s, flag in zip(status, there[:, 0], strict=True)
-        ]  # fmt: skip
+        ]
         # A bad picture beside a good title must not pass as a product without a picture.
         good = np.array([[int(not s)] for s in status], np.int32).reshape(-1, 1)
         tensors = {
@@ -207,12 +213,13 @@ def open_image(raw: bytes, at_least: tuple[int, int]) -> Image.Image:
     `at_least`: (width, height) in pixels that the caller will scale to; a JPEG is decoded at
     the smallest of its built-in scales that still covers it. Raises ItemError.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if len(raw) > MAX_IMAGE_BYTES:
-        raise ItemError(Reason.IMAGE_TOO_LARGE,
-                        f"expected at most {MAX_IMAGE_BYTES} bytes, got {len(raw)}; shrink it"
-                        )  # fmt: skip
+        raise ItemError(
+            Reason.IMAGE_TOO_LARGE,
+            f"expected at most {MAX_IMAGE_BYTES} bytes, got {len(raw)}; shrink it",
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit is ours
@@ -223,7 +230,7 @@ def open_image(raw: bytes, at_least: tuple[int, int]) -> Image.Image:
             return _on_white(ImageOps.exif_transpose(picture))
     except ItemError:
         raise
-    except Image.UnidentifiedImageError as exc:
+    except UnidentifiedImageError as exc:
         raise ItemError(
             Reason.IMAGE_FORMAT,
             f"expected {', '.join(IMAGE_FORMATS)}, got bytes that begin with {raw[:8].hex(' ')}; "

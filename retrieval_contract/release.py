@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
-from retrieval_contract.tensors import Sizes, Tensor
+from retrieval_contract.tensors import Ensemble, Model, Sizes, Tensor
 
 RELEASE_FILE = "release.json"
 RELEASE_PARAMETER = "release_id"
@@ -129,7 +129,8 @@ class Release:
 
 def image_spec_from_json(stored: dict[str, Any]) -> ImageSpec:
     """JSON has no tuples: give them back."""
-    return ImageSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return ImageSpec(**values)
 
 
 def contract_fingerprint() -> str:
@@ -138,9 +139,10 @@ def contract_fingerprint() -> str:
     def tensor(t: Tensor) -> list[str]:
         return [t.name, t.dtype.name, *map(str, t.axes)]
 
+    parts: tuple[Model | Ensemble, ...] = (*models.MODELS, *models.ENSEMBLES)
     declared = {
         part.name: [[tensor(t) for t in part.inputs], [tensor(t) for t in part.outputs]]
-        for part in (*models.MODELS, *models.ENSEMBLES)
+        for part in parts
     }
     fields = [[f.name, f.kind, f.max_bytes, f.size] for f in models.PRODUCTS.fields]
     return sha256_of_json([declared, fields, models.PRODUCTS.metric, PREPROCESSING_VERSION])

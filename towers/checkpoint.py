@@ -55,8 +55,9 @@ def load_make(folder: Path) -> make.Make:
     towers = make.Make(config, _read(folder / TOKENIZER_FILE))
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise CheckpointError(f"{path}: not found; a checkpoint has {CONFIG_FILE}, "
-                              f"{WEIGHTS_FILE}, {TOKENIZER_FILE}")  # fmt: skip
+        raise CheckpointError(
+            f"{path}: not found; a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
+        )
     try:
         weights = load_file(path)
     except SafetensorError as exc:

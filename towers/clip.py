@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    ChineseCLIPModel,
-    CLIPModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    SiglipModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from retrieval_contract.errors import CheckpointError
@@ -33,9 +26,9 @@ from towers.make import unit
 from towers.two_towers import TextSide, TowersSpec, TwoTowers
 
 MODELS: dict[str, type[PreTrainedModel]] = {
-    "clip": CLIPModel,
-    "siglip": SiglipModel,  # also SigLIP 2 of fixed resolution
-    "chinese_clip": ChineseCLIPModel,
+    "clip": transformers.CLIPModel,
+    "siglip": transformers.SiglipModel,  # also SigLIP 2 of fixed resolution
+    "chinese_clip": transformers.ChineseCLIPModel,
 }
 QUERY_CHARS, TITLE_CHARS = 1000, 2000
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -85,22 +78,19 @@ def load_clip(where: str) -> Clip:
     Raises CheckpointError when something cannot be fetched, is missing, or is of a kind that
     the served graphs cannot express.
     """
-    with _explained(where, "a Hugging Face folder or hub name",
-                    "check the name and the network, or download it and give its folder"):  # fmt: skip
+    advice = "check the name and the network, or download it and give its folder"
+    with _explained(where, "a Hugging Face folder or hub name", advice):
         config, _ = PreTrainedConfig.get_config_dict(where)
     family = config.get("model_type")
     if family not in MODELS:
-        hint = "; SigLIP 2 NaFlex takes patches, use a fixed-resolution one" * (family == "siglip2")
-        raise CheckpointError(f"{where}: expected a model_type of {tuple(MODELS)}, got {family!r}"
-                              f"{hint or '; use such a checkpoint or write a TwoTowers'}")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: expected a model_type of {tuple(MODELS)}, got {family!r}; use such a "
+            "checkpoint (of SigLIP 2 one of fixed resolution) or write a TwoTowers"
+        )
     model = _model(where, MODELS[family])
     text, vision = model.config.text_config, model.config.vision_config
-    query, title = _text_sides(where, family, text.max_position_embeddings, text.vocab_size)
-    image = _image_spec(where)
-    if [image.height, image.width] != _box(vision.image_size):
-        raise CheckpointError(f"{where}: expected pictures of {vision.image_size} as in "
-                              f"config.json, got {image.height} x {image.width}; mend the "
-                              "preprocessor's config")  # fmt: skip
+    query, title = _text_sides(where, family, text)
+    image = _image_spec(where, _box(vision.image_size))
     dim = text.projection_size if family == "siglip" else model.config.projection_dim
     architecture = json.dumps(_portable(config), sort_keys=True)
     spec = TowersSpec(family, dim, text.vocab_size, query, title, image, architecture)
@@ -119,45 +109,48 @@ def _model(where: str, kind: type[PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
-def _text_sides(
-    where: str, family: str, positions: int, vocabulary: int
-) -> tuple[TextSide, TextSide]:
-    """Query and title side: one tokenizer, lengths as the checkpoint was trained."""
+def _text_sides(where: str, family: str, text: PreTrainedConfig) -> tuple[TextSide, TextSide]:
+    """Query and title side: one tokenizer, padded as the checkpoint was trained."""
     tokenizer = _tokenizer(where)
     known, pad_id, side = len(tokenizer), tokenizer.pad_token_id, tokenizer.padding_side
-    if pad_id is None or side != "right" or known > vocabulary:
+    # Without vocabulary files the library makes an all but empty tokenizer and says nothing.
+    fits = text.vocab_size // 2 < known <= text.vocab_size
+    if pad_id is None or side != "right" or not fits:
         raise CheckpointError(
-            f"{where}: expected a tokenizer with a pad token, padding on the right, at most "
-            f"{vocabulary} tokens, got pad token {pad_id}, padding on the {side}, {known} tokens; "
-            "mend tokenizer_config.json or use the tokenizer that the model was trained with"
+            f"{where}: expected a tokenizer of about {text.vocab_size} tokens that pads on the "
+            f"right, got {known} tokens, pad token {pad_id} on the {side}; restore the files of "
+            "the tokenizer that the model was trained with"
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content |= {"truncation": None, "padding": None}  # ours are a spec
-    content = json.dumps(content, ensure_ascii=False)
-    tokens = min(positions, tokenizer.model_max_length)
+    content |= {"truncation": None, "padding": None}  # the TextSpec says both
+    tokens = min(text.max_position_embeddings, tokenizer.model_max_length)
     pad_to = "max" if family == "siglip" else "longest"
     query, title = (TextSpec(tokens, pad_id, n, pad_to) for n in (QUERY_CHARS, TITLE_CHARS))
-    return TextSide(query, content), TextSide(title, content)
+    tokenizer_json = json.dumps(content, ensure_ascii=False)
+    return TextSide(query, tokenizer_json), TextSide(title, tokenizer_json)
 
 
 def _tokenizer(where: str) -> PreTrainedTokenizerFast:
     """The checkpoint's own tokenizer or, where that is Python code, its `tokenizer.json`."""
-    with _explained(where, "a tokenizer with a tokenizer.json",
-                    "save its fast tokenizer there (save_pretrained)"):  # fmt: skip
+    advice = "convert its tokenizer and save that there (save_pretrained)"
+    with _explained(where, "a fast tokenizer (tokenizer.json)", advice):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except ImportError:  # SigLIP's class wants sentencepiece even beside a tokenizer.json
             tokenizer = None
         if tokenizer is None or not tokenizer.is_fast:
-            cached_file(where, "tokenizer.json")
+            cached_file(where, "tokenizer.json")  # without it the next line would guess
             tokenizer = PreTrainedTokenizerFast.from_pretrained(where)
     return tokenizer
 
 
-def _image_spec(where: str) -> ImageSpec:
-    """Read the image processor's JSON: its classes may want torchvision, the file does not."""
-    with _explained(where, "a preprocessor_config.json that resizes, rescales and normalises",
-                    "mend or restore that file"):  # fmt: skip
+def _image_spec(where: str, box: list[int]) -> ImageSpec:
+    """Read the image processor's JSON: its classes may want torchvision, the file does not.
+
+    `box`: the [height, width] in pixels that the model takes.
+    """
+    expected = f"a preprocessor_config.json that makes pictures of {box}"
+    with _explained(where, expected, "mend or restore that file"):
         try:  # where a whole processor was saved, its file comes first
             config = _json(where, "processor_config.json")["image_processor"]
         except (OSError, KeyError):
@@ -167,18 +160,19 @@ def _image_spec(where: str) -> ImageSpec:
                 raise ValueError(f"{step} = {config[step]}")
         size, crop_size = config["size"], config.get("crop_size")
         crop = config.get("do_center_crop", crop_size is not None)
-        if crop and _box(crop_size) != _box(size):
-            raise ValueError(f"size {size} cropped to {crop_size}, which must be equal")
-        # Resized to height and width the picture has its size already: no crop is left to do.
-        fit = "crop" if crop and not (isinstance(size, dict) and "height" in size) else "squash"
+        if _box(size) != box or (crop and _box(crop_size) != box):
+            raise ValueError(f"size {size}" + f" cropped to {crop_size}" * bool(crop))
+        # A picture resized to height and width has its size already: no crop is left to do.
+        keeps_ratio = isinstance(size, int) or "shortest_edge" in size
+        fit = "crop" if crop and keeps_ratio else "squash"
         if (resample := config.get("resample", 3)) not in RESAMPLE:
             raise ValueError(f"resample {resample}, known are {RESAMPLE}")
         factor = config.get("rescale_factor", 1 / 255)
-        mean, std = ([float(x) / factor for x in config[k]] for k in ("image_mean", "image_std"))
+        mean, std = (tuple(float(x) / factor for x in config[k])
+                     for k in ("image_mean", "image_std"))  # fmt: skip
         if not len(mean) == len(std) == 3:
-            raise ValueError(f"{len(mean)} means and {len(std)} deviations, not 3")
-        height, width = _box(size)
-        return ImageSpec(height, width, tuple(mean), tuple(std), fit, RESAMPLE[resample])
+            raise ValueError(f"{len(mean)} means and {len(std)} deviations")
+        return ImageSpec(*box, mean, std, fit, RESAMPLE[resample])
 
 
 def _box(size: Any) -> list[int]:
@@ -189,8 +183,7 @@ def _box(size: Any) -> list[int]:
 
 
 def _json(where: str, name: str) -> dict[str, Any]:
-    path = cached_file(where, name)
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(cached_file(where, name)).read_text(encoding="utf-8"))
 
 
 def _portable(config: Any) -> Any:

@@ -55,7 +55,8 @@ class MakeConfig:
             raise CheckpointError(f"config.json: expected family '{FAMILY}'")
         if unknown := set(values) - set(cls.__dataclass_fields__):
             raise CheckpointError(
-                f"config.json: unknown {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}"
+                f"config.json: unknown {sorted(unknown)}; known are "
+                f"{sorted(cls.__dataclass_fields__)}"
             )
         return cls(**values)
 
@@ -123,9 +124,15 @@ class ModalAdaptation(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, tokens: Tensor, token_mask: Tensor, title: Tensor, has_title: Tensor,
-        grid: Tensor, image: Tensor, has_image: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self,
+        tokens: Tensor,
+        token_mask: Tensor,
+        title: Tensor,
+        has_title: Tensor,
+        grid: Tensor,
+        image: Tensor,
+        has_image: Tensor,
+    ) -> Tensor:
         """Unit `title`, `image` (B, D); tokens (B, T, D), grid (B, G, D); flags (B, 1) → (B, D)."""
         cells = torch.ones_like(grid[..., 0])  # (B, G)
         seen_title = self.title_for_image(image, tokens, token_mask.to(tokens.dtype))

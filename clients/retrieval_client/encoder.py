@@ -31,11 +31,20 @@ CHANNEL_OPTIONS = (
 
 
 @dataclass(frozen=True)
+class Served:
+    """What the server said of itself in the handshake."""
+
+    release_id: str
+    vector_dim: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why."""
 
     vectors: Array
     errors: list[ItemError | None]
+    served: Served
 
     def vector(self, row: int) -> Array:
         """One vector (vector_dim,); raises the row's ItemError if it was refused."""
@@ -43,14 +52,6 @@ class Encoded:
             raise error
         vector: Array = self.vectors[row]
         return vector
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the server said of itself in the handshake."""
-
-    release_id: str
-    vector_dim: int
 
 
 class Encoder:
@@ -68,6 +69,7 @@ class Encoder:
         self._channel = channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._served: Served | None = None
+        self._generation = 0  # counts lost connections
         self._channel.subscribe(self._on_connectivity)
 
     def __enter__(self) -> Encoder:
@@ -132,7 +134,7 @@ class Encoder:
         columns: Mapping[str, Sequence[bytes]],
         timeout_s: float | None,
     ) -> Encoded:
-        served = self.served()
+        generation, served = self._generation, self.served()
         dims = {t.name: t.dims({"vector_dim": served.vector_dim}) for t in ensemble.outputs}
         count = len(next(iter(columns.values())))
         parts = [np.empty((0, served.vector_dim), np.float32)]
@@ -148,7 +150,12 @@ class Encoder:
                 ItemError.from_status(status.decode()) if status else None
                 for status in arrays[models.ITEM_STATUS.name]
             ]
-        return Encoded(np.concatenate(parts), errors)
+        if generation != self._generation and self.served() != served:
+            raise ReleaseMismatch(
+                f"Triton at {self.address}: restarted as release {self.served().release_id} "
+                f"during a call to {served.release_id}; its answer was dropped, call again"
+            )
+        return Encoded(np.concatenate(parts), errors, served)
 
     def _describe(self, ensemble: Ensemble) -> Served:
         """Compare one ensemble's config with the contract; its release and vector size."""
@@ -166,8 +173,10 @@ class Encoder:
                     "client and server are of different versions"
                 )
         if not release_id:
-            raise ContractError(f"Triton at {self.address}, {ensemble.name}: its config names no "
-                                "release; serve a built release folder")  # fmt: skip
+            raise ContractError(
+                f"Triton at {self.address}, {ensemble.name}: its config names no "
+                "release; serve a built release folder"
+            )
         return Served(release_id, vector)
 
     def _call(self, method: str, request: Any, what: str, timeout_s: float | None = None) -> Any:
@@ -181,13 +190,17 @@ class Encoder:
     def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
         if state is not grpc.ChannelConnectivity.READY:
             self._served = None
+            self._generation += 1
 
 
 def pb_type(tensor: Any) -> str:
     """The name of a config tensor's data type, such as TYPE_FP32."""
-    name: str = type(tensor).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[
-        tensor.data_type
-    ].name
+    name: str = (
+        type(tensor)
+        .DESCRIPTOR.fields_by_name["data_type"]
+        .enum_type.values_by_number[tensor.data_type]
+        .name
+    )
     return name
 
 

@@ -50,6 +50,7 @@ class Settings:
             try:
                 known[name] = kind(value)
             except ValueError as exc:
-                raise RetrievalError(f"{PREFIX}{name.upper()}: expected a {kind.__name__}, "
-                                     f"got {value!r}") from exc  # fmt: skip
+                raise RetrievalError(
+                    f"{PREFIX}{name.upper()}: expected a {kind.__name__}, got {value!r}"
+                ) from exc
         return replace(self, **known)  # type: ignore[arg-type]

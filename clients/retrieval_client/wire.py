@@ -42,8 +42,10 @@ def arrays_from_reply(
     for tensor in ensemble.outputs:
         wanted = (tensor.dtype.triton, (rows, *dims[tensor.name]))
         if seen.get(tensor.name) != wanted or tensor.name not in raw:
-            raise ServerError(f"{ensemble.name}: expected {tensor.name} as {wanted}, got "
-                              f"{seen.get(tensor.name)}; is this our server?")  # fmt: skip
+            raise ServerError(
+                f"{ensemble.name}: expected {tensor.name} as {wanted}, got "
+                f"{seen.get(tensor.name)}; is this our server?"
+            )
         contents = raw[tensor.name]
         if tensor.dtype is Dtype.BYTES:
             arrays[tensor.name] = bytes_from_contents(contents)

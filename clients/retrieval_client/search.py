@@ -1,0 +1,66 @@
+"""Text → vector → hits, with one deadline over both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from retrieval_client.catalog import Catalog, Hit
+from retrieval_client.encoder import Encoder
+from retrieval_client.settings import Settings
+from retrieval_contract.errors import DeadlineExceeded
+
+
+class ProductSearch:
+    """Search one catalog with the release it was filled by; refuses any other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.encoder = Encoder(settings)
+        self.catalog = Catalog(settings)
+
+    def __enter__(self) -> ProductSearch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.encoder.close()
+        self.catalog.close()
+
+    def __call__(
+        self,
+        query: str,
+        *,
+        limit: int = 10,
+        timeout_s: float | None = None,
+        thumbnails: bool = False,
+    ) -> list[Hit]:
+        """The `limit` best products for one text, best first.
+
+        Raises ItemError for a bad query, and what Encoder and Catalog raise.
+        """
+        return self.many([query], limit=limit, timeout_s=timeout_s, thumbnails=thumbnails)[0]
+
+    def many(
+        self,
+        queries: Sequence[str],
+        *,
+        limit: int = 10,
+        timeout_s: float | None = None,
+        thumbnails: bool = False,
+    ) -> list[list[Hit]]:
+        """One result list a query, encoded and searched together."""
+        budget = timeout_s or self.settings.timeout_s
+        deadline = time.monotonic() + budget
+        encoded = self.encoder.encode_queries(queries, timeout_s=budget)
+        for row in range(len(queries)):
+            encoded.vector(row)  # raises the row's own error
+        self.catalog.check(encoded.served.release_id, encoded.served.vector_dim)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(f"search: encoding took the whole deadline of {budget} s")
+        return self.catalog.search(
+            encoded.vectors, limit=limit, timeout_s=left, thumbnails=thumbnails
+        )
