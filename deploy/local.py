@@ -27,7 +27,6 @@ from typing import IO
 
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
-
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
@@ -141,7 +140,7 @@ def check_release(folder: Path, target: Target) -> Release:
     release = Release.load(folder)
     repository = folder / "model_repository"
     for part in (*models.MODELS, *models.ENSEMBLES):
-        version = repository / part.name / "1"
+        version = repository / part.name / str(release.version)
         tower = part in models.TOWERS
         needed = [
             version,
@@ -231,11 +230,10 @@ def triton(
     with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
-        # The stub finds its packages as `python3` on PATH would; release folders stay clean.
+        # The stub finds its packages as `python3` on PATH would.
         env = os.environ | {
             "LD_LIBRARY_PATH": wheel.libraries,
             "PATH": f"{wheel.python.parent}:{os.environ['PATH']}",
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
         env.pop("PYTHONPATH", None)
         args = command(
@@ -340,6 +338,11 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 = any free one")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument(
+        "--run",
+        nargs=argparse.REMAINDER,
+        help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
@@ -348,6 +351,9 @@ def main() -> None:
             args.release, server_python=args.server_python, host=args.host, ports=ports
         ) as server:
             _announce(server)
+            if args.run:
+                env = os.environ | {"RETRIEVAL_TRITON": server.grpc_address}
+                raise SystemExit(subprocess.run(args.run, env=env).returncode)
             code = server.process.wait()
             raise DeployError(f"Triton exited by itself with code {code}; see its log above")
     except KeyboardInterrupt:

@@ -27,27 +27,56 @@ MIN_PRODUCTS = 30  # room for the first six queries
 STOCK = 4  # the least products made to answer each query in full
 
 COLOURS: dict[str, Rgb] = {
-    "navy blue": (34, 46, 96), "red": (196, 34, 42), "mustard yellow": (218, 165, 32),
-    "olive green": (106, 106, 50), "black": (34, 34, 37), "white": (243, 242, 238),
-    "grey": (138, 141, 146), "pink": (238, 150, 178), "purple": (112, 62, 150),
-    "orange": (232, 116, 34), "brown": (112, 72, 44), "teal": (16, 124, 128),
-    "beige": (214, 194, 160), "sky blue": (128, 182, 222), "burgundy": (112, 24, 48),
+    "navy blue": (34, 46, 96),
+    "red": (196, 34, 42),
+    "mustard yellow": (218, 165, 32),
+    "olive green": (106, 106, 50),
+    "black": (34, 34, 37),
+    "white": (243, 242, 238),
+    "grey": (138, 141, 146),
+    "pink": (238, 150, 178),
+    "purple": (112, 62, 150),
+    "orange": (232, 116, 34),
+    "brown": (112, 72, 44),
+    "teal": (16, 124, 128),
+    "beige": (214, 194, 160),
+    "sky blue": (128, 182, 222),
+    "burgundy": (112, 24, 48),
     "forest green": (28, 92, 56),
 }
 COLOUR_WORDS = {name: (name,) for name in COLOURS} | {
-    "navy blue": ("navy blue", "navy"), "mustard yellow": ("mustard yellow", "mustard"),
-    "olive green": ("olive green", "olive"), "grey": ("grey", "gray"),
-    "sky blue": ("sky blue", "light blue"), "forest green": ("forest green", "dark green"),
-    "burgundy": ("burgundy", "wine red"), "beige": ("beige", "sand beige"),
+    "navy blue": ("navy blue", "navy"),
+    "mustard yellow": ("mustard yellow", "mustard"),
+    "olive green": ("olive green", "olive"),
+    "grey": ("grey", "gray"),
+    "sky blue": ("sky blue", "light blue"),
+    "forest green": ("forest green", "dark green"),
+    "burgundy": ("burgundy", "wine red"),
+    "beige": ("beige", "sand beige"),
 }
 PATTERN_WORDS = {
-    "striped": ("striped", "stripe"), "checked": ("checked", "plaid", "gingham"),
-    "polka dot": ("polka dot", "spotted", "dotted"), "floral": ("floral", "flower print"),
+    "striped": ("striped", "stripe"),
+    "checked": ("checked", "plaid", "gingham"),
+    "polka dot": ("polka dot", "spotted", "dotted"),
+    "floral": ("floral", "flower print"),
 }
 AUDIENCE_WORDS = {"women": "women's", "men": "men's", "kids": "kids'", "unisex": "unisex"}
-BRANDS = ("Fennimoss", "Brindlewold", "Quillmarsh", "Zorvane", "Pellirusk", "Halvdrim",
-          "Kestrowe", "Tamberquist", "Ostrelby", "Wexolund", "Mirrowick", "Solvendra",
-          "Nubbinfold", "Yarrowden")
+BRANDS = (
+    "Fennimoss",
+    "Brindlewold",
+    "Quillmarsh",
+    "Zorvane",
+    "Pellirusk",
+    "Halvdrim",
+    "Kestrowe",
+    "Tamberquist",
+    "Ostrelby",
+    "Wexolund",
+    "Mirrowick",
+    "Solvendra",
+    "Nubbinfold",
+    "Yarrowden",
+)
 WORN = ("everyday", "classic", "relaxed fit", "soft", "lightweight", "new season", "essential", "")
 CARRIED = ("roomy", "compact", "city", "weekend", "smart", "classic", "")
 HOUSED = ("handmade", "modern", "cosy", "classic", "country style", "gift boxed", "")
@@ -70,50 +99,170 @@ class Kind:
 
 KNITS = ("wool", "cashmere", "cotton", "acrylic")
 KINDS: dict[str, Kind] = {
-    "t-shirt": Kind(("t-shirt", "tee", "crew neck t-shirt"), WORN, ("cotton", "linen", "jersey"),
-                    ("plain", "striped", "polka dot", "floral"), ANYONE, 18),
-    "shirt": Kind(("shirt", "button-up shirt", "long sleeve shirt"), WORN,
-                  ("cotton", "linen", "flannel"), ALL, ANYONE, 35),
-    "dress": Kind(("dress", "summer dress", "sleeveless dress", "frock"), WORN,
-                  ("cotton", "viscose", "linen"), ALL, ("women", "kids"), 49),
-    "skirt": Kind(("skirt", "midi skirt", "a-line skirt"), WORN, ("cotton", "wool", "viscose"),
-                  ALL, ("women", "kids"), 36),
-    "trousers": Kind(("trousers", "pants", "chinos"), WORN, ("cotton", "linen", "twill"),
-                     ("plain", "checked", "striped"), ANYONE, 45),
-    "jacket": Kind(("jacket", "bomber jacket", "zip jacket"), WORN, ("nylon", "cotton", "wool"),
-                   ("plain", "checked"), ANYONE, 89),
-    "hoodie": Kind(("hoodie", "hooded sweatshirt", "pullover hoodie"), WORN,
-                   ("cotton", "fleece", "jersey"), ("plain", "striped"), ANYONE, 42),
-    "sweater": Kind(("sweater", "jumper", "pullover", "crew neck sweater"), WORN, KNITS,
-                    ("plain", "striped", "floral"), ANYONE, 55),
-    "cap": Kind(("cap", "baseball cap", "peaked cap"), WORN, ("cotton", "twill", "canvas"),
-                ("plain", "checked", "striped"), ANYONE, 17),
+    "t-shirt": Kind(
+        ("t-shirt", "tee", "crew neck t-shirt"),
+        WORN,
+        ("cotton", "linen", "jersey"),
+        ("plain", "striped", "polka dot", "floral"),
+        ANYONE,
+        18,
+    ),
+    "shirt": Kind(
+        ("shirt", "button-up shirt", "long sleeve shirt"),
+        WORN,
+        ("cotton", "linen", "flannel"),
+        ALL,
+        ANYONE,
+        35,
+    ),
+    "dress": Kind(
+        ("dress", "summer dress", "sleeveless dress", "frock"),
+        WORN,
+        ("cotton", "viscose", "linen"),
+        ALL,
+        ("women", "kids"),
+        49,
+    ),
+    "skirt": Kind(
+        ("skirt", "midi skirt", "a-line skirt"),
+        WORN,
+        ("cotton", "wool", "viscose"),
+        ALL,
+        ("women", "kids"),
+        36,
+    ),
+    "trousers": Kind(
+        ("trousers", "pants", "chinos"),
+        WORN,
+        ("cotton", "linen", "twill"),
+        ("plain", "checked", "striped"),
+        ANYONE,
+        45,
+    ),
+    "jacket": Kind(
+        ("jacket", "bomber jacket", "zip jacket"),
+        WORN,
+        ("nylon", "cotton", "wool"),
+        ("plain", "checked"),
+        ANYONE,
+        89,
+    ),
+    "hoodie": Kind(
+        ("hoodie", "hooded sweatshirt", "pullover hoodie"),
+        WORN,
+        ("cotton", "fleece", "jersey"),
+        ("plain", "striped"),
+        ANYONE,
+        42,
+    ),
+    "sweater": Kind(
+        ("sweater", "jumper", "pullover", "crew neck sweater"),
+        WORN,
+        KNITS,
+        ("plain", "striped", "floral"),
+        ANYONE,
+        55,
+    ),
+    "cap": Kind(
+        ("cap", "baseball cap", "peaked cap"),
+        WORN,
+        ("cotton", "twill", "canvas"),
+        ("plain", "checked", "striped"),
+        ANYONE,
+        17,
+    ),
     "scarf": Kind(("scarf", "winter scarf", "fringed scarf"), WORN, KNITS, ALL, ADULTS, 25),
-    "socks": Kind(("socks", "crew socks", "pair of socks"), WORN, KNITS,
-                  ("plain", "striped", "checked", "polka dot"), ANYONE, 9),
-    "sneaker": Kind(("sneakers", "trainers", "lace-up trainers"), WORN,
-                    ("canvas", "leather", "suede"), ("plain", "checked", "floral"), ANYONE, 65),
-    "boot": Kind(("boots", "ankle boots", "pull-on boots"), WORN, ("leather", "suede", "rubber"),
-                 ("plain",), ANYONE, 99),
-    "handbag": Kind(("handbag", "top handle bag", "purse"), CARRIED, ("leather", "canvas"),
-                    ("plain", "checked", "floral"), ("women",), 75),
-    "backpack": Kind(("backpack", "rucksack", "daypack"), CARRIED, ("canvas", "nylon", "cotton"),
-                     ("plain", "polka dot", "floral"), ANYONE, 48),
-    "watch": Kind(("watch", "wrist watch", "analogue watch"), CARRIED, ("leather", "steel"),
-                  ("plain",), ADULTS, 110),
-    "sunglasses": Kind(("sunglasses", "shades", "square sunglasses"), CARRIED,
-                       ("acetate", "recycled plastic"), ("plain", "polka dot"), ADULTS, 30),
-    "mug": Kind(("mug", "coffee mug", "tea mug", "cup"), HOUSED,
-                ("ceramic", "stoneware", "porcelain"), ALL, ("",), 12),
-    "umbrella": Kind(("umbrella", "walking umbrella", "brolly"), CARRIED, ("nylon", "polyester"),
-                     ALL, ("",), 24),
-    "lamp": Kind(("table lamp", "bedside lamp", "desk lamp"), HOUSED, ("linen", "cotton"),
-                 ("plain", "striped", "floral"), ("",), 46),
-    "cushion": Kind(("cushion", "throw pillow", "scatter cushion"), HOUSED,
-                    ("cotton", "velvet", "linen"), ALL, ("",), 19),
-    "chair": Kind(("armchair", "accent chair", "upholstered chair"), HOUSED,
-                  ("velvet", "linen", "wool"), ("plain", "striped", "checked", "floral"), ("",),
-                  240),
+    "socks": Kind(
+        ("socks", "crew socks", "pair of socks"),
+        WORN,
+        KNITS,
+        ("plain", "striped", "checked", "polka dot"),
+        ANYONE,
+        9,
+    ),
+    "sneaker": Kind(
+        ("sneakers", "trainers", "lace-up trainers"),
+        WORN,
+        ("canvas", "leather", "suede"),
+        ("plain", "checked", "floral"),
+        ANYONE,
+        65,
+    ),
+    "boot": Kind(
+        ("boots", "ankle boots", "pull-on boots"),
+        WORN,
+        ("leather", "suede", "rubber"),
+        ("plain",),
+        ANYONE,
+        99,
+    ),
+    "handbag": Kind(
+        ("handbag", "top handle bag", "purse"),
+        CARRIED,
+        ("leather", "canvas"),
+        ("plain", "checked", "floral"),
+        ("women",),
+        75,
+    ),
+    "backpack": Kind(
+        ("backpack", "rucksack", "daypack"),
+        CARRIED,
+        ("canvas", "nylon", "cotton"),
+        ("plain", "polka dot", "floral"),
+        ANYONE,
+        48,
+    ),
+    "watch": Kind(
+        ("watch", "wrist watch", "analogue watch"),
+        CARRIED,
+        ("leather", "steel"),
+        ("plain",),
+        ADULTS,
+        110,
+    ),
+    "sunglasses": Kind(
+        ("sunglasses", "shades", "square sunglasses"),
+        CARRIED,
+        ("acetate", "recycled plastic"),
+        ("plain", "polka dot"),
+        ADULTS,
+        30,
+    ),
+    "mug": Kind(
+        ("mug", "coffee mug", "tea mug", "cup"),
+        HOUSED,
+        ("ceramic", "stoneware", "porcelain"),
+        ALL,
+        ("",),
+        12,
+    ),
+    "umbrella": Kind(
+        ("umbrella", "walking umbrella", "brolly"), CARRIED, ("nylon", "polyester"), ALL, ("",), 24
+    ),
+    "lamp": Kind(
+        ("table lamp", "bedside lamp", "desk lamp"),
+        HOUSED,
+        ("linen", "cotton"),
+        ("plain", "striped", "floral"),
+        ("",),
+        46,
+    ),
+    "cushion": Kind(
+        ("cushion", "throw pillow", "scatter cushion"),
+        HOUSED,
+        ("cotton", "velvet", "linen"),
+        ALL,
+        ("",),
+        19,
+    ),
+    "chair": Kind(
+        ("armchair", "accent chair", "upholstered chair"),
+        HOUSED,
+        ("velvet", "linen", "wool"),
+        ("plain", "striped", "checked", "floral"),
+        ("",),
+        240,
+    ),
 }
 # One template, one seller's habit; commas part segments, and an empty segment is left out.
 TEMPLATES = (
@@ -202,13 +351,18 @@ def catalog_products(products: int, seed: int) -> list[Product]:
         raise ValueError(f"a catalog needs at least {MIN_PRODUCTS} products, not {products}")
     if seed < 0:
         raise ValueError(f"the seed must not be negative, it is {seed}")
-    plans = [{"kind": query.kind} | query.named()
-             for query in catalog_queries(products) for _ in range(max(STOCK, products // 80))]
+    plans = [
+        {"kind": query.kind} | query.named()
+        for query in catalog_queries(products)
+        for _ in range(max(STOCK, products // 80))
+    ]
     kinds = list(KINDS)
     plans += [{"kind": kinds[i % len(kinds)]} for i in range(products - len(plans))]
     order = np.random.default_rng(seed).permutation(products)
-    return [_product(row, plans[place], np.random.default_rng([seed, row]))
-            for row, place in enumerate(order)]
+    return [
+        _product(row, plans[place], np.random.default_rng([seed, row]))
+        for row, place in enumerate(order)
+    ]
 
 
 def relevance(query: Query, product: Product) -> int:
@@ -252,8 +406,7 @@ def _is_catalog(folder: Path) -> bool:
 def _write_tables(folder: Path, rows: list[Product], seed: int, progress: bool) -> None:
     """Draw every product, and write the products and their pictures in the same order."""
     pictures = [_picture(row, seed, place) for place, row in enumerate(_track(rows, progress))]
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]),
-                   folder / "products.parquet")
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "products.parquet")
     images = pa.table({"id": [row.id for row in rows], "jpeg": pa.array(pictures, pa.binary())})
     pq.write_table(images, folder / "images.parquet", compression="none")
 
@@ -261,11 +414,17 @@ def _write_tables(folder: Path, rows: list[Product], seed: int, progress: bool) 
 def _write_queries(folder: Path, rows: list[Product]) -> None:
     """Write the queries and which products answer them."""
     queries = {f"q{i:02d}": query for i, query in enumerate(catalog_queries(len(rows)), 1)}
-    _write_csv(folder / "queries.csv", ("query_id", "query", "kind", "colour", "pattern"),
-               ((i, q.text, q.kind, q.colour, q.pattern) for i, q in queries.items()))
+    _write_csv(
+        folder / "queries.csv",
+        ("query_id", "query", "kind", "colour", "pattern"),
+        ((i, q.text, q.kind, q.colour, q.pattern) for i, q in queries.items()),
+    )
     judged = ((i, row.id, relevance(q, row)) for i, q in queries.items() for row in rows)
-    _write_csv(folder / "qrels.csv", ("query_id", "id", "rel"),
-               (judgement for judgement in judged if judgement[2]))
+    _write_csv(
+        folder / "qrels.csv",
+        ("query_id", "id", "rel"),
+        (judgement for judgement in judged if judgement[2]),
+    )
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -297,8 +456,11 @@ def _product(row: int, plan: dict[str, str], rng: np.random.Generator) -> Produc
     kind = KINDS[plan["kind"]]
     odds = np.array([1.0 + 2 * (name == "plain") for name in kind.patterns])
     pattern = str(rng.choice(kind.patterns, p=odds / odds.sum()))
-    chosen = {"colour": _pick(rng, tuple(COLOURS)), "pattern": pattern,
-              "audience": _pick(rng, kind.audiences)} | plan
+    chosen = {
+        "colour": _pick(rng, tuple(COLOURS)),
+        "pattern": pattern,
+        "audience": _pick(rng, kind.audiences),
+    } | plan
     material = _pick(rng, kind.materials)
     price = max(2, round(kind.price * float(np.exp(rng.normal(0, 0.3))))) - 0.05
     named = bool(rng.random() < 0.65)
@@ -314,13 +476,19 @@ def _product(row: int, plan: dict[str, str], rng: np.random.Generator) -> Produc
     if chosen["pattern"] != "plain" and rng.random() < 0.6:
         words["pattern"] = _pick(rng, PATTERN_WORDS[chosen["pattern"]])
     title = _title(_pick(rng, TEMPLATES if named else COLOURLESS), words, rng.random() < 0.6)
-    return Product(id=f"p{row + 1:05d}", title=title, material=material, price=round(price, 2),
-                   colour_in_title=named, **chosen)
+    return Product(
+        id=f"p{row + 1:05d}",
+        title=title,
+        material=material,
+        price=round(price, 2),
+        colour_in_title=named,
+        **chosen,
+    )
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
     """One of the choices."""
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _title(template: str, words: dict[str, str], capitals: bool) -> str:

@@ -25,8 +25,15 @@ Window = tuple[slice, slice]
 PATTERNS = ("plain", "striped", "checked", "polka dot", "floral")
 OPACITY = {"seam": 0.75, "crease": 0.28, "shine": 0.26, "sheen": 0.3, "warm": 0.12, "glow": 0.45}
 SOFT_EDGED = {"crease": 1.5, "shine": 5, "sheen": 3, "warm": 9, "glow": 16}
-BACKDROPS = ((236, 233, 228), (226, 231, 236), (238, 228, 224), (226, 234, 228),
-             (232, 228, 238), (240, 235, 222), (222, 226, 228))
+BACKDROPS = (
+    (236, 233, 228),
+    (226, 231, 236),
+    (238, 228, 224),
+    (226, 234, 228),
+    (232, 228, 238),
+    (240, 235, 222),
+    (222, 226, 228),
+)
 LIGHT_ACCENTS = ((246, 243, 236), (242, 232, 208), (220, 230, 242))
 DARK_ACCENTS = ((44, 52, 84), (74, 66, 70), (158, 62, 56), (48, 98, 96))
 PETALS = ((250, 240, 232), (246, 186, 190), (250, 214, 120), (206, 66, 84), (150, 120, 190))
@@ -107,8 +114,17 @@ def _scene(look: Look, rng: np.random.Generator) -> Scene:
     folds = 1 + (0.012 if look.kind in RIGID else 0.05) * drape
     if look.kind not in RIGID:
         across, down = across + 1.1 * drape, down + 1.4 * drape
-    return Scene(_backdrop(rng), across, down, folds, _palette(look, rng), pose, centre,
-                 _motif(look, rng), look.kind in KNITTED)
+    return Scene(
+        _backdrop(rng),
+        across,
+        down,
+        folds,
+        _palette(look, rng),
+        pose,
+        centre,
+        _motif(look, rng),
+        look.kind in KNITTED,
+    )
 
 
 def _clouds(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
@@ -136,19 +152,36 @@ def _palette(look: Look, rng: np.random.Generator) -> dict[str, np.ndarray]:
     metal = ((206, 208, 212), (208, 172, 108), (120, 122, 128))[rng.integers(3)]
     wood = ((168, 120, 74), (120, 78, 48), (206, 168, 120))[rng.integers(3)]
     fixed = {
-        "white": (246, 244, 238), "dark": (42, 40, 42), "metal": metal, "wood": wood,
-        "darkwood": tuple(0.6 * v for v in wood), "leather": (150, 98, 58), "shine": (255,) * 3,
-        "sheen": (200, 214, 230), "warm": (255, 240, 196), "glow": (255, 246, 220),
-        "ink": (56, 54, 58), "glass": ((40, 42, 50), (74, 52, 40), (48, 66, 62))[rng.integers(3)],
+        "white": (246, 244, 238),
+        "dark": (42, 40, 42),
+        "metal": metal,
+        "wood": wood,
+        "darkwood": tuple(0.6 * v for v in wood),
+        "leather": (150, 98, 58),
+        "shine": (255,) * 3,
+        "sheen": (200, 214, 230),
+        "warm": (255, 240, 196),
+        "glow": (255, 246, 220),
+        "ink": (56, 54, 58),
+        "glass": ((40, 42, 50), (74, 52, 40), (48, 66, 62))[rng.integers(3)],
         "face": ((244, 242, 236), (44, 46, 56), (234, 226, 208))[rng.integers(3)],
-        "zipper": metal, "base": wood, "cup": (226, 220, 210), "elastic": (58, 54, 56),
+        "zipper": metal,
+        "base": wood,
+        "cup": (226, 220, 210),
+        "elastic": (58, 54, 56),
     }
     colours = {name: np.array(rgb, np.float32) for name, rgb in fixed.items()}
     if colours["face"].mean() < 90:
         colours["ink"] = colours["white"]
     return colours | {
-        "cloth": main, "plain": main * 0.97, "rib": main * 0.86 + 4, "deep": main * 0.78 + 3,
-        "inside": main * 0.5 + 4, "seam": seam, "fringe": main * 0.92, "accent": _accent(main, rng),
+        "cloth": main,
+        "plain": main * 0.97,
+        "rib": main * 0.86 + 4,
+        "deep": main * 0.78 + 3,
+        "inside": main * 0.5 + 4,
+        "seam": seam,
+        "fringe": main * 0.92,
+        "accent": _accent(main, rng),
         "crease": seam,
     }
 
@@ -188,6 +221,7 @@ def _drop_shadow(scene: Scene, parts: tuple[Part, ...], *, standing: bool) -> No
     scene.canvas *= 1 - 0.34 * np.roll(soft, (shift * SCALE, shift), axis=(0, 1))[..., None]
     if standing:
         left, top, right, bottom = whole.getbbox()
+        # Only the lowest sixth touches the floor: a mug's handle must not throw a pool of its own.
         feet = whole.crop((left, bottom - (bottom - top) // 6, right, bottom))
         flat = feet.resize((right - left, 22 * SCALE))
         floor = Image.new("L", (COLS, ROWS))
@@ -217,8 +251,11 @@ def _paint(scene: Scene, part: Part) -> None:
         light = light * _tube(mask)
     if part.paint in ("cloth", "plain", "rib", "deep"):
         light = light * scene.folds[window]
-    colour = _cloth(scene, part, window) if part.paint in ("cloth", "rib") else (
-        scene.palette[part.paint])
+    colour = (
+        _cloth(scene, part, window)
+        if part.paint in ("cloth", "rib")
+        else (scene.palette[part.paint])
+    )
     cover = np.asarray(mask, np.float32)[..., None] * (opacity / 255)
     # The second term lets light show on black, where multiplying alone would leave nothing.
     view += cover * (colour * light[..., None] + 26 * (light[..., None] - 1) - view)
@@ -318,6 +355,8 @@ def _flowers(motif: Motif, u: np.ndarray, v: np.ndarray) -> list[tuple[np.ndarra
     leaf = np.hypot((lx + ly) * 1.4, (lx - ly) * 3.2) * motif.period
     green = np.array(LEAF, np.float32)
     heart = np.array((232, 184, 72), np.float32)
-    return [(np.clip(motif.period * 0.24 - leaf, 0, 1), green),
-            (np.clip(petals - away + 0.5, 0, 1), motif.petal),
-            (np.clip(size * 0.3 - away + 0.5, 0, 1), heart)]
+    return [
+        (np.clip(motif.period * 0.24 - leaf, 0, 1), green),
+        (np.clip(petals - away + 0.5, 0, 1), motif.petal),
+        (np.clip(size * 0.3 - away + 0.5, 0, 1), heart),
+    ]

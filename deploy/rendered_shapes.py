@@ -34,7 +34,8 @@ SHAPES: dict[str, str] = {
         line seam w=1 -60,97 -30,102 0,103 30,102 60,97
         lines seam w=1 57,-84 53,-60 56,-38
     """,
-    "shirt": _SLEEVES + """
+    "shirt": _SLEEVES
+    + """
         pair plain d=5 73,54! 96,47! 99,68! 76,75!
         half inside d=4 0,-104 20,-104! 12,-80 0,-70
         half cloth d=11 0,-74 22,-100! 56,-88! 55,-36 54,40 60,92! 36,104 0,112
@@ -101,7 +102,8 @@ SHAPES: dict[str, str] = {
         dot white r=2.4 -11,-13 11,-13
         lines seam w=1.2 57,-86 53,-62 58,-38
     """,
-    "sweater": _SLEEVES + """
+    "sweater": _SLEEVES
+    + """
         pair rib d=5 72,50! 96,43! 99,70! 77,77!
         half inside d=4 0,-98 22,-102! 12,-82 0,-76
         half cloth d=13 0,-76 16,-84 26,-102! 58,-88! 57,-40 59,88! 0,92
@@ -343,8 +345,12 @@ def _curve(points: np.ndarray, corners: np.ndarray) -> np.ndarray:
     t = np.linspace(0, 1, CURVE_STEPS, endpoint=False)[None, :, None]
     leave, arrive = (after - before)[:, None] / 2, (beyond - points)[:, None] / 2
     start, end = points[:, None], after[:, None]
-    curve = (start * (2 * t**3 - 3 * t**2 + 1) + leave * (t**3 - 2 * t**2 + t)
-             + end * (3 * t**2 - 2 * t**3) + arrive * (t**3 - t**2))
+    curve = (
+        start * (2 * t**3 - 3 * t**2 + 1)
+        + leave * (t**3 - 2 * t**2 + t)
+        + end * (3 * t**2 - 2 * t**3)
+        + arrive * (t**3 - t**2)
+    )
     return curve.reshape(-1, 2)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.publish import SOURCES, UNRELEASED, publish, write_configs, write_onnx
+from export.config_from_contract import UNRELEASED
+from export.publish import SOURCES, publish, write_configs, write_onnx
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.release import Release
 from towers.checkpoint import load_towers

@@ -15,9 +15,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOut
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
 from retrieval_contract.models import Target
-from retrieval_contract.release import RELEASE_PARAMETER, Release
+from retrieval_contract.release import RELEASE_PARAMETER, Release, version_of
 from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model, Tensor
 
+UNRELEASED = "unreleased"
+"""The release id in the committed configs, which belong to no weights."""
+LATEST_VERSION = -1
 WARMUP_TOKENS = 8
 """Token length of the warm-up rows of towers whose token axis is dynamic."""
 
@@ -59,8 +62,9 @@ def ensemble_config(ensemble: Ensemble, release: Release, release_id: str) -> Mo
     """An ensemble: wires by tensor name. It has no batcher; its steps do."""
     config = _base(ensemble, release, release_id)
     config.platform = "ensemble"
+    version = LATEST_VERSION if release_id == UNRELEASED else version_of(release_id)
     for step in ensemble.steps:
-        entry = config.ensemble_scheduling.step.add(model_name=step.name, model_version=-1)
+        entry = config.ensemble_scheduling.step.add(model_name=step.name, model_version=version)
         for tensor in step.inputs:
             entry.input_map[tensor.name] = tensor.name
         for tensor in step.outputs:
@@ -120,7 +124,6 @@ def _computing(model: Model, release: Release, release_id: str) -> ModelConfig:
     # Plain merging: whatever queued while the last batch ran. Limits and priorities on this
     # queue can stall the server's batcher, so they are kept elsewhere.
     config.dynamic_batching.SetInParent()
-    config.version_policy.latest.num_versions = 1
     config.instance_group.add(kind="KIND_CPU", count=KNOBS[model.name].instances)
     warmup = config.model_warmup.add(name="one_row", batch_size=1, count=1)
     for tensor in model.inputs:

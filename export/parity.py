@@ -104,8 +104,9 @@ def normalised(pixels: Array, spec: ImageSpec) -> torch.Tensor:
 def parity(towers: TwoTowers, model: Model, graph: onnx.ModelProto) -> Parity:
     """Compare over all cases; ExportError past the bounds."""
     runtime = session(graph)
-    count, worst, lowest = 0, 0.0, 1.0
-    for count, inputs in enumerate(cases(model, towers), start=1):
+    tried = list(cases(model, towers))
+    worst, lowest = 0.0, 1.0
+    for inputs in tried:
         expected = torch_vectors(towers, model, inputs)
         got = runtime.run(None, inputs)[0]
         if not np.isfinite(got).all():
@@ -116,7 +117,7 @@ def parity(towers: TwoTowers, model: Model, graph: onnx.ModelProto) -> Parity:
         if not np.allclose(norms, good, atol=1e-5):
             raise ExportError(f"{model.name}: expected norms 1 (0 where refused), got {norms}")
         lowest = min(lowest, float((expected * got).sum(1)[good].min(initial=1.0)))
-    found = Parity(model.name, count, worst, lowest)
+    found = Parity(model.name, len(tried), worst, lowest)
     if worst > MAX_ABS or lowest < MIN_COSINE:
         raise ExportError(
             f"{model.name}: torch and ONNX Runtime differ by {worst:.1e} (at most {MAX_ABS:.0e}), "

@@ -41,8 +41,6 @@ SOURCES = ROOT / "model_repository"
 MANIFEST_FILE = "manifest.json"
 REPOSITORY = "model_repository"
 LATEST = "latest"
-UNRELEASED = "unreleased"
-"""The release id in the committed configs, which belong to no weights."""
 TOOLS = (
     "torch",
     "onnx",
@@ -110,7 +108,7 @@ def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
     }
     write_configs(folder / REPOSITORY, release, release.release_id)
     for part in (*models.MODELS, *models.ENSEMBLES):
-        version_folder = folder / REPOSITORY / part.name / "1"
+        version_folder = folder / REPOSITORY / part.name / str(release.version)
         version_folder.mkdir()
         if not isinstance(part, Model):
             # Triton wants the folder; copies to object stores and images lose empty ones.

@@ -10,7 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,13 @@ MAX_IMAGE_PIXELS = 80_000_000
 """A 8000 x 8000 photo passes; what a header claims beyond this is not decoded."""
 MIN_IMAGE_SIDE = 8
 """Pixels; a smaller picture is a tracking dot, and would give a confident, wrong vector."""
+EXIF_ORIENTATION = 0x0112
+MAX_ASPECT = 8
+"""Of what a crop can show: more of a long picture is cut off before scaling, not after."""
+STRIP_ROWS = 256
+"""Transparent pictures are laid on white in strips: a whole second picture is much memory."""
+MAX_BYTES_PER_CHAR = 16
+"""Texts beyond this many bytes per allowed character are refused unread, white space or not."""
 PAD_STEP = 8
 """Token lengths are rounded up to this, so that concurrent requests have equal shapes."""
 
@@ -55,6 +62,11 @@ def text_from_bytes(raw: bytes, max_chars: int) -> str:
 
     Raises ItemError for bytes that are not UTF-8, for NUL, and past `max_chars` characters.
     """
+    if len(raw) > max_chars * MAX_BYTES_PER_CHAR:
+        raise ItemError(
+            Reason.TOO_LONG,
+            f"expected at most {max_chars} characters, got {len(raw)} bytes; shorten it",
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -91,10 +103,12 @@ class TextPreprocessor:
             text, problem = self._clean(one)
             texts.append(text)
             status.append(problem)
-        rows = [list(e.ids) for e in self._tokenizer.encode_batch(texts)]
-        present = np.array([[int(bool(t))] for t in texts], np.int32).reshape(-1, 1)
         # An absent text is all padding: its mask, not its ids, says that nothing is there.
-        rows = [row if there else [] for row, there in zip(rows, present[:, 0], strict=True)]
+        rows = self._tokenize(texts, status)
+        if self.required:
+            nothing = str(ItemError(Reason.EMPTY, "expected some text, got none; send a query"))
+            status = [s if s or row else nothing for s, row in zip(status, rows, strict=True)]
+        present = np.array([[int(bool(row))] for row in rows], np.int32).reshape(-1, 1)
         length = self._length(max(map(len, rows), default=0))
         ids = np.full((len(rows), length), self.spec.pad_id, np.int32)
         mask = np.zeros((len(rows), length), np.int32)
@@ -105,18 +119,39 @@ class TextPreprocessor:
 
     def _clean(self, raw: bytes) -> tuple[str, str]:
         try:
-            text = text_from_bytes(raw, self.spec.max_chars)
-            if self.required and not text:
-                raise ItemError(Reason.EMPTY, "expected some text, got none; send a query")
+            return text_from_bytes(raw, self.spec.max_chars), ""
         except ItemError as exc:
             return "", str(exc)
-        return text, ""
+
+    def _tokenize(self, texts: list[str], status: list[str]) -> list[list[int]]:
+        """Token ids, none where the tokenizer finds nothing; `status` gets what it fails at."""
+        try:
+            return [_ids(e) for e in self._tokenizer.encode_batch(texts)]
+        except Exception:  # such as a word that a tokenizer without an unknown token has not
+            return [self._tokenize_alone(i, text, status) for i, text in enumerate(texts)]
+
+    def _tokenize_alone(self, row: int, text: str, status: list[str]) -> list[int]:
+        try:
+            return _ids(self._tokenizer.encode(text))
+        except Exception as exc:
+            status[row] = status[row] or _internal("the tokenizer", exc)
+            return []
 
     def _length(self, longest: int) -> int:
         if self.spec.pad_to == "max":
             return self.spec.max_tokens
         steps = max(1, -(-longest // PAD_STEP))
         return min(steps * PAD_STEP, self.spec.max_tokens)
+
+
+def _ids(encoding: Any) -> list[int]:
+    """Its token ids; none when all of them are special, as of a text of lone accents."""
+    return [] if all(encoding.special_tokens_mask) else list(encoding.ids)
+
+
+def _internal(what: str, exc: Exception) -> str:
+    """The status of an item that broke our own code: it is alone in that."""
+    return str(ItemError(Reason.INTERNAL, f"{what} failed ({type(exc).__name__}: {exc})"))
 
 
 class ImagePreprocessor:
@@ -145,6 +180,8 @@ class ImagePreprocessor:
                 present[i] = 1
             except ItemError as exc:
                 status[i] = str(exc)
+            except Exception as exc:
+                status[i] = _internal("scaling", exc)
         return ImageBatch(pixels, present, status)
 
     def pixels(self, raw: bytes) -> Array:
@@ -161,6 +198,8 @@ class ImagePreprocessor:
             return picture.resize(box, self._resample)
         choose = max if spec.fit == "crop" else min
         scale = choose(box[0] / picture.width, box[1] / picture.height)
+        if spec.fit == "crop":
+            picture = _without_ends(picture, box[0] / scale, box[1] / scale)
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         resized = picture.resize((size[0], size[1]), self._resample)
         canvas = Image.new("RGB", box, spec.background)
@@ -213,7 +252,7 @@ def open_image(raw: bytes, at_least: tuple[int, int]) -> Image.Image:
     `at_least`: (width, height) in pixels that the caller will scale to; a JPEG is decoded at
     the smallest of its built-in scales that still covers it. Raises ItemError.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if len(raw) > MAX_IMAGE_BYTES:
         raise ItemError(
@@ -227,17 +266,23 @@ def open_image(raw: bytes, at_least: tuple[int, int]) -> Image.Image:
             _check_size(*picture.size)
             picture.draft("RGB", at_least)
             picture.load()
-            return _on_white(ImageOps.exif_transpose(picture))
+            return _on_white(_upright(picture))
     except ItemError:
         raise
     except UnidentifiedImageError as exc:
+        if raw.startswith((b"\xff\xd8", b"\x89PNG")) or raw[8:12] == b"WEBP":
+            raise ItemError(
+                Reason.IMAGE_BROKEN, "its header is damaged or cut short; replace it"
+            ) from exc
         raise ItemError(
             Reason.IMAGE_FORMAT,
             f"expected {', '.join(IMAGE_FORMATS)}, got bytes that begin with {raw[:8].hex(' ')}; "
             "convert it",
         ) from exc
     except Image.DecompressionBombError as exc:
-        raise ItemError(Reason.IMAGE_TOO_LARGE, f"{exc}; shrink it") from exc
+        raise ItemError(
+            Reason.IMAGE_TOO_LARGE, f"expected at most {MAX_IMAGE_PIXELS} pixels ({exc}); shrink it"
+        ) from exc
     except Exception as exc:  # codecs raise many types on hostile bytes; all mean the same
         raise ItemError(Reason.IMAGE_BROKEN, f"cannot be decoded ({exc}); replace it") from exc
 
@@ -256,14 +301,53 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
+def _without_ends(picture: Image.Image, wide: float, high: float) -> Image.Image:
+    """Cut off what lies far from the middle `wide` x `high` pixels; few pictures have any."""
+    left = max(0, int(picture.width - MAX_ASPECT * wide) // 2)
+    top = max(0, int(picture.height - MAX_ASPECT * high) // 2)
+    if not left and not top:
+        return picture
+    return picture.crop((left, top, picture.width - left, picture.height - top))
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as EXIF says; a broken EXIF block says nothing against the pixels.
+
+    Pillow's own `exif_transpose` also writes the block anew, and fails where that fails.
+    """
+    from PIL.Image import Transpose
+
+    turns: dict[Any, Transpose] = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(picture.getexif().get(EXIF_ORIENTATION))
+    except Exception:
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _on_white(picture: Image.Image) -> Image.Image:
     """Any Pillow mode → RGB; transparency shows white, 16-bit greys keep their scale."""
     from PIL import Image
 
     if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+        deep = np.asarray(picture)
+        grey = (deep >> 8).astype(np.uint8)
+        grey[deep == picture.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(grey)
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    canvas = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, STRIP_ROWS):
+        box = (0, top, picture.width, min(top + STRIP_ROWS, picture.height))
+        strip = picture.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        canvas.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return canvas

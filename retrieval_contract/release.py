@@ -92,6 +92,11 @@ class Release:
         identity = dataclasses.asdict(self) | {"contract": contract_fingerprint()}
         return sha256_of_json(identity)[:16]
 
+    @property
+    def version(self) -> int:
+        """The version number of this release's models inside Triton."""
+        return version_of(self.release_id)
+
     def to_json(self) -> str:
         """The text of `release.json`."""
         return json.dumps({RELEASE_PARAMETER: self.release_id} | dataclasses.asdict(self), indent=2)
@@ -125,6 +130,15 @@ class Release:
                 f"{release.release_id}; it was edited or made by another version: export it again"
             )
         return release
+
+
+def version_of(release_id: str) -> int:
+    """A release's own Triton version number: 48 bits of its id.
+
+    Requests ask for it by number, so a server of another release refuses them, and no cache
+    keyed by name and version can mix two.
+    """
+    return max(1, int(release_id[:12], 16))
 
 
 def image_spec_from_json(stored: dict[str, Any]) -> ImageSpec:

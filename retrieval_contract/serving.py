@@ -6,6 +6,7 @@ Only Triton's Python stub imports this file: `triton_python_backend_utils` exist
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,24 @@ def execute_merged(
     """Run `compute` once over the rows of all requests, and give each request its rows.
 
     `compute` takes one array a name, rows first, and returns outputs by name, rows first.
+    When it fails, each request is run alone, so that only the one at fault gets the error.
     """
-    inputs = [
-        [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests] for name in names
-    ]
-    outputs = compute(*map(np.concatenate, inputs))
-    ends = np.cumsum([len(rows) for rows in inputs[0]])[:-1]
+    try:
+        return _merged(requests, names, compute)
+    except Exception as exc:
+        if len(requests) > 1:
+            return [execute_merged([request], names, compute)[0] for request in requests]
+        # The caller gets the cause; where it happened is for the server's log alone.
+        pb_utils.Logger.log_error(traceback.format_exc())
+        return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"cannot run: {exc}"))]
+
+
+def _merged(
+    requests: Sequence[Any], names: Sequence[str], compute: Callable[..., dict[str, Array]]
+) -> list[Any]:
+    inputs = [_rows(request, names) for request in requests]
+    outputs = compute(*map(np.concatenate, zip(*inputs, strict=True)))
+    ends = np.cumsum([len(arrays[0]) for arrays in inputs])[:-1]
     split = {name: np.split(rows, ends) for name, rows in outputs.items()}
     return [
         pb_utils.InferenceResponse(
@@ -61,9 +74,18 @@ def execute_merged(
     ]
 
 
+def _rows(request: Any, names: Sequence[str]) -> list[Array]:
+    """One request's inputs. Triton lets a batch axis past 2^32 through, and then cuts it off."""
+    arrays = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names]
+    if len({len(array) for array in arrays}) != 1 or min(array.ndim for array in arrays) < 2:
+        shapes = {name: array.shape for name, array in zip(names, arrays, strict=True)}
+        raise ValueError(f"expected (rows, …) with equal rows, got {shapes}")
+    return arrays
+
+
 def strings(rows: Sequence[str]) -> Array:
     """Texts → a BYTES column, object (rows, 1)."""
-    return np.array([[row.encode()] for row in rows], np.object_).reshape(-1, 1)
+    return np.array([[row.encode("utf-8", "replace")] for row in rows], np.object_).reshape(-1, 1)
 
 
 class OnnxTower:

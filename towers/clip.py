@@ -114,12 +114,12 @@ def _text_sides(where: str, family: str, text: PreTrainedConfig) -> tuple[TextSi
     tokenizer = _tokenizer(where)
     known, pad_id, side = len(tokenizer), tokenizer.pad_token_id, tokenizer.padding_side
     # Without vocabulary files the library makes an all but empty tokenizer and says nothing.
-    fits = text.vocab_size // 2 < known <= text.vocab_size
-    if pad_id is None or side != "right" or not fits:
+    least, most = text.vocab_size // 2, text.vocab_size
+    if pad_id is None or side != "right" or not least <= known <= most:
         raise CheckpointError(
-            f"{where}: expected a tokenizer of about {text.vocab_size} tokens that pads on the "
-            f"right, got {known} tokens, pad token {pad_id} on the {side}; restore the files of "
-            "the tokenizer that the model was trained with"
+            f"{where}: expected a tokenizer of {least} to {most} tokens that pads on the right, "
+            f"got {known} tokens, pad token {pad_id} on the {side}; restore the files of the "
+            "tokenizer that the model was trained with"
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content |= {"truncation": None, "padding": None}  # the TextSpec says both

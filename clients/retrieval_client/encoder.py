@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,8 +18,8 @@ from retrieval_client.settings import Settings
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
-from retrieval_contract.errors import ContractError, ItemError, ReleaseMismatch
-from retrieval_contract.release import RELEASE_PARAMETER
+from retrieval_contract.errors import ContractError, ItemError, ReleaseMismatch, ServerUnavailable
+from retrieval_contract.release import RELEASE_PARAMETER, version_of
 from retrieval_contract.tensors import Array, Ensemble
 
 # A reconnecting channel waits at most a second: a restarted server is found again at once.
@@ -28,6 +30,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 20_000),
 )
+MIN_TIMEOUT_S = 1e-3
+"""A spent deadline is sent as this: gRPC then says DEADLINE_EXCEEDED itself."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Encoder:
     """A connection to one Triton server; safe to share between threads.
 
     The handshake (release id, names, dtypes, dims of both ensembles) happens on first use and
-    again after every loss of the connection, because another release may have come back.
+    again after every failure. Requests name the release's own version of the model, so a server
+    that came back with another release refuses them instead of answering.
     """
 
     def __init__(
@@ -69,8 +74,6 @@ class Encoder:
         self._channel = channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._served: Served | None = None
-        self._generation = 0  # counts lost connections
-        self._channel.subscribe(self._on_connectivity)
 
     def __enter__(self) -> Encoder:
         return self
@@ -134,7 +137,23 @@ class Encoder:
         columns: Mapping[str, Sequence[bytes]],
         timeout_s: float | None,
     ) -> Encoded:
-        generation, served = self._generation, self.served()
+        known = self._served
+        try:
+            return self._encode_as(known or self.served(), ensemble, output, columns, timeout_s)
+        except ServerUnavailable:
+            if known is None or self.served() == known:
+                raise
+            return self._encode_as(self.served(), ensemble, output, columns, timeout_s)
+
+    def _encode_as(
+        self,
+        served: Served,
+        ensemble: Ensemble,
+        output: str,
+        columns: Mapping[str, Sequence[bytes]],
+        timeout_s: float | None,
+    ) -> Encoded:
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
         dims = {t.name: t.dims({"vector_dim": served.vector_dim}) for t in ensemble.outputs}
         count = len(next(iter(columns.values())))
         parts = [np.empty((0, served.vector_dim), np.float32)]
@@ -142,7 +161,9 @@ class Encoder:
         for start in range(0, count, ensemble.batch.max):
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
             request = request_from_rows(ensemble, part)
-            reply = self._call("ModelInfer", request, ensemble.name, timeout_s)
+            request.model_version = str(version_of(served.release_id))
+            left_s = max(deadline - time.monotonic(), MIN_TIMEOUT_S)
+            reply = self._call("ModelInfer", request, ensemble.name, left_s)
             rows = len(next(iter(part.values())))
             arrays = arrays_from_reply(ensemble, reply, rows, dims)
             parts.append(arrays[output])
@@ -150,11 +171,6 @@ class Encoder:
                 ItemError.from_status(status.decode()) if status else None
                 for status in arrays[models.ITEM_STATUS.name]
             ]
-        if generation != self._generation and self.served() != served:
-            raise ReleaseMismatch(
-                f"Triton at {self.address}: restarted as release {self.served().release_id} "
-                f"during a call to {served.release_id}; its answer was dropped, call again"
-            )
         return Encoded(np.concatenate(parts), errors, served)
 
     def _describe(self, ensemble: Ensemble) -> Served:
@@ -172,7 +188,7 @@ class Encoder:
                     f"Triton at {self.address}, {ensemble.name}: expected {wanted}, got {got}; "
                     "client and server are of different versions"
                 )
-        if not release_id:
+        if not re.fullmatch("[0-9a-f]{16}", release_id):
             raise ContractError(
                 f"Triton at {self.address}, {ensemble.name}: its config names no "
                 "release; serve a built release folder"
@@ -186,11 +202,6 @@ class Encoder:
         except Exception:
             self._served = None  # whoever answers next may be another release
             raise
-
-    def _on_connectivity(self, state: grpc.ChannelConnectivity) -> None:
-        if state is not grpc.ChannelConnectivity.READY:
-            self._served = None
-            self._generation += 1
 
 
 def pb_type(tensor: Any) -> str:

@@ -46,19 +46,31 @@ def arrays_from_reply(
                 f"{ensemble.name}: expected {tensor.name} as {wanted}, got "
                 f"{seen.get(tensor.name)}; is this our server?"
             )
-        contents = raw[tensor.name]
-        if tensor.dtype is Dtype.BYTES:
-            arrays[tensor.name] = bytes_from_contents(contents)
-        else:
-            arrays[tensor.name] = np.frombuffer(contents, tensor.dtype.numpy).reshape(wanted[1])
+        try:
+            arrays[tensor.name] = _array(tensor.dtype, raw[tensor.name], wanted[1])
+        except ValueError as exc:
+            raise ServerError(
+                f"{ensemble.name}: expected the contents of {tensor.name} to fill {wanted}, got "
+                f"{len(raw[tensor.name])} bytes ({exc}); is this our server?"
+            ) from exc
     return arrays
 
 
+def _array(dtype: Dtype, contents: bytes, shape: tuple[int, ...]) -> Array:
+    """ValueError unless the contents fill the shape."""
+    if dtype is Dtype.BYTES:
+        return bytes_from_contents(contents).reshape(shape[0])
+    return np.frombuffer(contents, dtype.numpy).reshape(shape)
+
+
 def bytes_from_contents(contents: bytes) -> Array:
-    """Length-prefixed values → object array of bytes, shape (values,)."""
-    values, at = [], 0
+    """Length-prefixed values → object array of bytes, shape (values,); ValueError if cut short."""
+    values: list[bytes] = []
+    at = 0
     while at < len(contents):
-        (length,) = struct.unpack_from("<I", contents, at)
-        values.append(contents[at + 4 : at + 4 + length])
-        at += 4 + length
+        start = at + 4
+        at = start + int.from_bytes(contents[at:start], "little")
+        if at > len(contents):
+            raise ValueError(f"value {len(values)} goes past the end")
+        values.append(contents[start:at])
     return np.array(values, np.object_)

