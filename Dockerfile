@@ -52,7 +52,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG} AS serve
 ARG TRITON_TAG
 LABEL org.opencontainers.image.title="make-retrieval-serve" \
-      org.opencontainers.image.description="Triton for a make-retrieval release, mounted at /release" \
+      org.opencontainers.image.description="Triton for a release mounted at /release" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="nvcr.io/nvidia/tritonserver:${TRITON_TAG}"
 COPY --from=wheel /dist /opt/make-retrieval
@@ -71,14 +71,13 @@ STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go
 # through every step of both ensembles.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=180s --retries=3 \
-    CMD ["curl", "--fail", "--fail-early", "--silent", "--show-error", "--max-time", "5", \
-         "--output", "/dev/null", \
-         "--data", "{\"inputs\": [{\"name\": \"query\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}]}", \
-         "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
-         "--next", "--fail", "--silent", "--show-error", "--max-time", "5", \
-         "--output", "/dev/null", \
-         "--data", "{\"inputs\": [{\"name\": \"title\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}, {\"name\": \"image\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"\"]}]}", \
-         "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
+    CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
+            {\"name\": \"query\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]} \
+         ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
+         "--next", "-fsS", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
+            {\"name\": \"title\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}, \
+            {\"name\": \"image\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"\"]} \
+         ]}", "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
 ENTRYPOINT ["/opt/tritonserver/bin/tritonserver", \
             "--model-repository=/release/model_repository", \
             "--disable-auto-complete-config", \

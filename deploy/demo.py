@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from deploy.local import LATEST, ROOT, SERVER_PYTHON, Server, triton
-from deploy.rendered_catalog import write_rendered_catalog
+from deploy.rendered.catalog import write_rendered_catalog
 from retrieval_client import Hit, ProductSearch, Settings
 from retrieval_client.picture import draw_results
 from retrieval_client.push import Push, PushReport

