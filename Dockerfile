@@ -72,12 +72,12 @@ STOPSIGNAL SIGTERM
 # through every step of both ensembles.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=180s --retries=3 \
     CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-            {\"name\": \"query\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]} \
-         ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
+          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]} \
+          ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
          "--next", "-fsS", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-            {\"name\": \"title\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"ready\"]}, \
-            {\"name\": \"image\", \"datatype\": \"BYTES\", \"shape\": [1, 1], \"data\": [\"\"]} \
-         ]}", "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
+          {\"name\":\"title\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]}, \
+          {\"name\":\"image\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"\"]} \
+          ]}", "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
 ENTRYPOINT ["/opt/tritonserver/bin/tritonserver", \
             "--model-repository=/release/model_repository", \
             "--disable-auto-complete-config", \

@@ -28,8 +28,8 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 WARMUP_S = 2.0
 NAME = "queries"
 """Of every file that a run leaves."""
-SETTLE_S = 2
-"""Between the last query and locust's end: its CSV files are written once a second only."""
+SETTLE_S = 3
+"""Locust's own time limit comes so much after the last query: normally its users have left."""
 START_AND_EXIT_S = 30.0
 """What locust gets for its own start and exit before it is killed."""
 

@@ -24,6 +24,7 @@ from locust import User, constant, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
+from locust.stats import CSV_STATS_INTERVAL_SEC
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -222,6 +223,8 @@ def begin(environment: Environment, **_: Any) -> None:
 def finish(environment: Environment, **_: Any) -> None:
     """All users have stopped and all answers are in."""
     environment.load.write()
+    if environment.parsed_options.csv_prefix:
+        gevent.sleep(1.1 * CSV_STATS_INTERVAL_SEC)  # else the CSV files miss the last second
 
 
 @events.quitting.add_listener

@@ -3,8 +3,11 @@
 Runs on any Python 3, with the standard library alone.
 """
 
+import ctypes
+import os
 import platform
 import sys
+import sysconfig
 
 SUPPORTED = ((3, 11), (3, 12))
 WHY = "NumPy 1.26, which Triton's Python stub needs, has wheels for no other"
@@ -28,7 +31,24 @@ def problems():
         import ensurepip  # noqa: F401
     except ImportError:
         found.append("venv: not installed; on Debian and Ubuntu: apt-get install python3-venv")
+    if not has_shared_python():
+        found.append(
+            "libpython: expected the shared library of this Python, which Triton's stub loads; "
+            "on Debian and Ubuntu: apt-get install libpython%d.%d" % sys.version_info[:2]
+        )
     return found
+
+
+def has_shared_python():
+    """Distributions ship `libpython3.x.so` apart from the interpreter."""
+    name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
+    for place in (name, os.path.join(sysconfig.get_config_var("LIBDIR") or "", name)):
+        try:
+            ctypes.CDLL(place)
+            return True
+        except OSError:
+            pass
+    return False
 
 
 if __name__ == "__main__":

@@ -181,6 +181,6 @@ def test_an_unsuitable_python_is_told_so(version: tuple, monkeypatch: pytest.Mon
 
     assert check_python.problems() == []
     monkeypatch.setattr(sys, "version_info", (*version, 0))
-    (problem,) = check_python.problems()
+    problem = check_python.problems()[0]
     assert "expected 3.11 or 3.12 (NumPy 1.26, which Triton's Python stub needs" in problem
     assert f"got {version[0]}.{version[1]}" in problem

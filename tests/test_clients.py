@@ -220,6 +220,14 @@ def test_a_catalog_of_another_release_is_refused(settings: Settings, release: Re
         push(settings, good_rows())
 
 
+def test_the_raw_wire_example_works(settings: Settings) -> None:
+    script = [sys.executable, ROOT / "clients" / "raw_grpc.py", settings.triton]
+    good = subprocess.run([*script, "navy blue shirt"], capture_output=True, text=True)
+    assert "384 numbers" in good.stdout, good.stderr
+    bad = subprocess.run([*script, " "], capture_output=True, text=True)
+    assert (bad.returncode, bad.stderr.strip().split(":")[0]) == (1, "empty")
+
+
 # ── the command ──────────────────────────────────────────────────────────────────────────
 
 
