@@ -39,10 +39,9 @@ CMD ["--help"]
 # ── wheel: the contract and the client, as the Python models import them ─────────────────
 FROM python:${PYTHON_TAG} AS wheel
 WORKDIR /app
-# The build backend and its own needs; the same pins as requirements/client.lock.
+COPY requirements/build.lock requirements/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install --no-cache-dir --no-deps hatchling==1.33.0 packaging==26.3 pathspec==1.1.1 \
-        pluggy==1.7.0 trove-classifiers==2026.9.21.13
+    pip install --no-cache-dir --no-deps -r requirements/build.lock
 COPY pyproject.toml README.md ./
 COPY retrieval_contract retrieval_contract
 COPY clients clients

@@ -34,11 +34,9 @@ $(VENV)/.done: requirements/client.lock requirements/weights.lock pyproject.toml
 	touch $@
 
 # The server's interpreter sees the contract as installed code, like the container's.
-$(SERVER_VENV)/.done: requirements/server.lock pyproject.toml $(VENV)/.done
+$(SERVER_VENV)/.done: requirements/server.lock requirements/build.lock pyproject.toml $(VENV)/.done
 	$(PYTHON) -m venv --clear $(SERVER_VENV)
-	$(SERVER_VENV)/bin/python $(PIP) --no-deps -r requirements/server.lock
-	$(SERVER_VENV)/bin/python $(PIP) --no-deps hatchling==1.33.0 editables==0.6 pathspec==1.1.1 \
-	    pluggy==1.7.0 trove-classifiers==2026.9.21.13
+	$(SERVER_VENV)/bin/python $(PIP) --no-deps -r requirements/server.lock -r requirements/build.lock
 	$(SERVER_VENV)/bin/python $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
