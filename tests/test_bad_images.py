@@ -253,6 +253,13 @@ BIG: dict[str, tuple[Callable[[], bytes], int]] = {
     "png": (lambda: file_of(big("RGB"), "PNG", compress_level=1), 400),
     "transparent_png": (lambda: file_of(big("RGBA"), "PNG", compress_level=1), 700),
     "palette_png": (lambda: file_of(big("P"), "PNG", compress_level=1), 500),
+    # The codec holds three copies of its own, whatever we do.
+    "webp_of_38_bytes": (
+        lambda: bytes.fromhex(
+            "524946461e000000574542505650384c110000002f3fdfcf0707508f2217a5ff8188e87f0000"
+        ),
+        1200,
+    ),
 }
 """File, and what decoding may add to the server's memory in MB; 8000 x 8000 RGB is 256 MB."""
 

@@ -11,13 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from retrieval_contract.errors import CheckpointError
-from towers import make
+from towers import clip, make
 from towers.two_towers import TwoTowers
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-CLIP_FAMILIES = ("clip", "siglip", "siglip2", "chinese_clip")
 
 
 def load_towers(where: str) -> TwoTowers:
@@ -30,7 +29,7 @@ def load_towers(where: str) -> TwoTowers:
     """
     folder = Path(where)
     if not folder.is_dir():
-        return _clip(where)
+        return clip.load_clip(where)
     config = _read(folder / CONFIG_FILE)
     try:
         family = json.loads(config)
@@ -39,13 +38,13 @@ def load_towers(where: str) -> TwoTowers:
         raise CheckpointError(f"{folder / CONFIG_FILE}: not a JSON object ({exc})") from exc
     if family == make.FAMILY:
         return load_make(folder).eval()
-    if family in CLIP_FAMILIES:
-        return _clip(where)
+    if family in clip.MODELS:
+        return clip.load_clip(where)
     if ":" in family:
         return _plugin(family)(folder).eval()
     raise CheckpointError(
         f"{folder}: expected family 'make', 'package.module:function' or a Hugging Face "
-        f"model_type of {CLIP_FAMILIES}, got {family!r}"
+        f"model_type in {sorted(clip.MODELS)}, got {family!r}"
     )
 
 
@@ -91,12 +90,6 @@ def _read(path: Path) -> str:
             f"{path}: not found; a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
         )
     return path.read_text("utf-8")
-
-
-def _clip(where: str) -> TwoTowers:
-    from towers.clip import load_clip
-
-    return load_clip(where).eval()
 
 
 def _plugin(family: str) -> Callable[[Path], TwoTowers]:
