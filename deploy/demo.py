@@ -118,7 +118,7 @@ def demo(server: Server, catalog: Path, products: int, queries: list[str]) -> di
     queries = queries or choose_queries(catalog, rows)
     with ProductSearch(settings) as search:
         report = fill(search, settings, rows)
-        results = search.many(queries, limit=RESULTS, thumbnails=True)
+        results = [search(query, limit=RESULTS, thumbnails=True) for query in queries]
         stored = search.catalog.count()
         version = search.catalog.server_version()
     if stored != report.stored or not all(results):

@@ -74,25 +74,6 @@ class Tensor:
             )
         return sizes[axis]
 
-    def check(self, array: Array, sizes: Sizes) -> None:
-        """Raise ContractError unless `array` is a batch of this tensor."""
-        bounds = self.largest(sizes)
-        fits = array.dtype == self.dtype.numpy and array.ndim == len(bounds) + 1
-        if fits:
-            for axis, bound, got in zip(self.axes, bounds, array.shape[1:], strict=True):
-                fits &= 1 <= got <= bound if isinstance(axis, UpTo) else got == bound
-        if not fits:
-            raise ContractError(
-                f"{self.name}: expected {self.dtype.numpy} (batch, "
-                f"{', '.join(self._spell(a, sizes) for a in self.axes)}), "
-                f"got {array.dtype} {array.shape}; client and server must serve one release"
-            )
-
-    def _spell(self, axis: Axis, sizes: Sizes) -> str:
-        if isinstance(axis, UpTo):
-            return f"1..{self._length(axis.size, sizes)}"
-        return str(self._length(axis, sizes))
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -70,8 +70,9 @@ def test_pushed_products_are_found_by_their_words(settings: Settings) -> None:
         assert hits[0].attributes == {"price": 1}
         assert hits[0].thumbnail.startswith(b"\xff\xd8"), "a JPEG to show"
         assert hits == sorted(hits, key=lambda h: -h.score)
-        both = search.many(["kitchen knife", "wallet"], limit=1)
-    assert [h[0].id for h in both] == ["p2", "p4"]
+        knife, nothing, wallet = search.many(["kitchen knife", "", "wallet"], limit=1)
+    assert isinstance(nothing, ItemError), "one bad query does not cost the others"
+    assert [hits[0].id for hits in (knife, wallet)] == ["p2", "p4"]
 
 
 def test_pushing_twice_changes_nothing_and_changes_are_seen(settings: Settings) -> None:
@@ -249,6 +250,12 @@ def test_the_command_as_a_new_user_types_it(settings: Settings, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert "navy blue formal shirt for men" in done.stdout
     assert Image.open(tmp_path / "out.png").width > 500
+
+    done = retrieval(settings, "search", "[red] dress", "", "--json", cwd=tmp_path)
+    assert done.returncode == 3
+    good, bad = json.loads(done.stdout)
+    assert good["hits"][0]["id"] == "0"
+    assert bad["error"].startswith("empty: ")
 
     done = retrieval(settings, "status", "--json", cwd=tmp_path)
     status = json.loads(done.stdout)

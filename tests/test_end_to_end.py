@@ -44,7 +44,7 @@ def test_queries_find_products_that_answer_them(filled: Settings, drawn: Path) -
     with (drawn / "qrels.csv").open() as file:
         right = {(row["query_id"], row["id"]) for row in csv.DictReader(file)}
     with ProductSearch(filled) as search:
-        results = search.many(list(queries.values()), limit=3)
+        results = [search(query, limit=3) for query in queries.values()]
     found = [
         (query_id, hit.id) in right
         for query_id, hits in zip(queries, results, strict=True)

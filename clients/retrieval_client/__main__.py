@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,7 +35,7 @@ from retrieval_client.push import Push, PushReport
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Columns, Source
-from retrieval_contract.errors import RetrievalError
+from retrieval_contract.errors import ItemError, RetrievalError
 
 EXIT_ERROR, EXIT_REFUSED = 1, 3
 console = Console(stderr=True)
@@ -182,37 +183,41 @@ def _say_push(args: argparse.Namespace, report: PushReport, total: int, elapsed_
 
 
 def run_search(args: argparse.Namespace, settings: Settings) -> int:
-    """`retrieval search`."""
+    """`retrieval search`: good queries are answered, bad ones said."""
     with ProductSearch(settings) as search:
-        results = search.many(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
-    if args.image_out:
-        draw_results(args.queries, results, args.image_out)
+        found = search.many(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
+    answers = list(zip(args.queries, found, strict=True))
+    good = {query: hits for query, hits in answers if not isinstance(hits, ItemError)}
+    if args.image_out and good:
+        draw_results(list(good), list(good.values()), args.image_out)
     if args.json:
-        print(
-            json.dumps(
-                [
-                    {"query": query, "hits": [_hit_json(hit) for hit in hits]}
-                    for query, hits in zip(args.queries, results, strict=True)
-                ],
-                ensure_ascii=False,
-            )
-        )
-        return 0
-    for query, hits in zip(args.queries, results, strict=True):
-        table = Table(title=query, title_justify="left")
-        for heading, justify in (
-            ("#", "right"),
-            ("score", "right"),
-            ("id", "left"),
-            ("title", "left"),
-        ):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        for rank, hit in enumerate(hits, start=1):
-            table.add_row(str(rank), f"{hit.score:.3f}", hit.id, hit.title)
-        Console().print(table)
-    if args.image_out:
-        console.print(f"picture: {args.image_out}", markup=False)
-    return 0
+        said = [
+            {"query": query, "error": str(hits)}
+            if isinstance(hits, ItemError)
+            else {"query": query, "hits": [_hit_json(hit) for hit in hits]}
+            for query, hits in answers
+        ]
+        print(json.dumps(said, ensure_ascii=False))
+    else:
+        for query, hits in answers:
+            if isinstance(hits, ItemError):
+                console.print(f"{query!r}: {hits}", style="red", markup=False)
+            else:
+                Console().print(_hit_table(query, hits))
+        if args.image_out and good:
+            console.print(f"picture: {args.image_out}", markup=False)
+    return 0 if len(good) == len(set(args.queries)) else EXIT_REFUSED
+
+
+def _hit_table(query: str, hits: list[Hit]) -> Table:
+    table = Table(title=escape(query), title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("id")
+    table.add_column("title")
+    for rank, hit in enumerate(hits, start=1):
+        table.add_row(str(rank), f"{hit.score:.3f}", escape(hit.id), escape(hit.title))
+    return table
 
 
 def _hit_json(hit: Hit) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from retrieval_client.catalog import Catalog, ProductRow, check_id
+from retrieval_client.catalog import TITLE, Catalog, ProductRow, check_id
 from retrieval_client.encoder import Encoded, Encoder
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
-from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogUnavailable,
     DeadlineExceeded,
@@ -228,7 +227,7 @@ def candidate_from_row(
     if row.problem is not None:
         raise row.problem
     title = text_from_bytes(row.title, MAX_TITLE_CHARS)
-    if len(title.encode()) > models.PRODUCTS.fields[1].max_bytes:
+    if len(title.encode()) > TITLE.max_bytes:
         raise ItemError(Reason.TOO_LONG, "the title has more bytes than the catalog holds")
     if not title and not row.image:
         raise ItemError(Reason.NOTHING_TO_ENCODE, "expected a title or an image, got neither")

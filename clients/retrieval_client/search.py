@@ -9,7 +9,7 @@ from types import TracebackType
 from retrieval_client.catalog import Catalog, Hit
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
-from retrieval_contract.errors import DeadlineExceeded
+from retrieval_contract.errors import DeadlineExceeded, ItemError
 
 
 class ProductSearch:
@@ -41,7 +41,10 @@ class ProductSearch:
 
         Raises ItemError for a bad query, and what Encoder and Catalog raise.
         """
-        return self.many([query], limit=limit, timeout_s=timeout_s, thumbnails=thumbnails)[0]
+        (found,) = self.many([query], limit=limit, timeout_s=timeout_s, thumbnails=thumbnails)
+        if isinstance(found, ItemError):
+            raise found
+        return found
 
     def many(
         self,
@@ -50,17 +53,21 @@ class ProductSearch:
         limit: int = 10,
         timeout_s: float | None = None,
         thumbnails: bool = False,
-    ) -> list[list[Hit]]:
-        """One result list a query, encoded and searched together."""
-        budget = timeout_s or self.settings.timeout_s
-        deadline = time.monotonic() + budget
-        encoded = self.encoder.encode_queries(queries, timeout_s=budget)
-        for row in range(len(queries)):
-            encoded.vector(row)  # raises the row's own error
+    ) -> list[list[Hit] | ItemError]:
+        """One result list a query, encoded and searched together; a bad query gets its error."""
+        budget_s = timeout_s or self.settings.timeout_s
+        deadline = time.monotonic() + budget_s
+        encoded = self.encoder.encode_queries(queries, timeout_s=budget_s)
         self.catalog.check(encoded.served.release_id, encoded.served.vector_dim)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(f"search: encoding took the whole deadline of {budget} s")
-        return self.catalog.search(
-            encoded.vectors, limit=limit, timeout_s=left, thumbnails=thumbnails
-        )
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"search: encoding took the whole deadline of {budget_s} s")
+        good = [row for row, error in enumerate(encoded.errors) if error is None]
+        found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
+        if good:
+            hits = self.catalog.search(
+                encoded.vectors[good], limit=limit, timeout_s=left_s, thumbnails=thumbnails
+            )
+            for row, of_row in zip(good, hits, strict=True):
+                found[row] = of_row
+        return found
