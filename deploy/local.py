@@ -200,12 +200,11 @@ def command(
     for protocol in ("grpc", "http", "metrics"):
         flags[f"{protocol}-address"] = host
         flags[f"{protocol}-port"] = getattr(ports, protocol)
-    binary = wheel.triton / "bin" / "tritonserver"
-    return [
-        str(binary),
-        "--disable-auto-complete-config",
-        *(f"--{k}={v}" for k, v in flags.items()),
-    ]
+    # Should we be killed outright, the kernel stops the server: it must not keep the ports.
+    bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+    binary = str(wheel.triton / "bin" / "tritonserver")
+    settings = [f"--{name}={value}" for name, value in flags.items()]
+    return [*bound, binary, "--disable-auto-complete-config", *settings]
 
 
 @contextlib.contextmanager
@@ -278,8 +277,10 @@ def _pump(process: subprocess.Popen[str], log: IO[str]) -> list[str]:
 
     def run() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if not HARMLESS.search(line):
+        with process.stdout as lines:
+            for line in lines:
+                if HARMLESS.search(line):
+                    continue
                 if TELLING.search(line):
                     tail.append(line)
                     del tail[:-20]

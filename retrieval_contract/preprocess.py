@@ -196,15 +196,25 @@ class ImagePreprocessor:
         box = (spec.width, spec.height)
         if spec.fit == "squash":
             return picture.resize(box, self._resample)
-        choose = max if spec.fit == "crop" else min
-        scale = choose(box[0] / picture.width, box[1] / picture.height)
         if spec.fit == "crop":
-            picture = _without_ends(picture, box[0] / scale, box[1] / scale)
+            return self._middle(picture, box)
+        scale = min(box[0] / picture.width, box[1] / picture.height)
         size = tuple(max(1, round(side * scale)) for side in picture.size)
         resized = picture.resize((size[0], size[1]), self._resample)
         canvas = Image.new("RGB", box, spec.background)
         canvas.paste(resized, ((box[0] - size[0]) // 2, (box[1] - size[1]) // 2))
         return canvas
+
+    def _middle(self, picture: Image.Image, box: tuple[int, int]) -> Image.Image:
+        """Cover the box and keep its middle; whole pixels as the CLIP family's processors count."""
+        scale = max(box[0] / picture.width, box[1] / picture.height)
+        picture = _without_ends(picture, box[0] / scale, box[1] / scale)
+        # The side that needs the larger scale fits the box exactly, the other overhangs.
+        side = 0 if box[0] * picture.height >= box[1] * picture.width else 1
+        width, height = (length * box[side] // picture.size[side] for length in picture.size)
+        left, top = (width - box[0]) // 2, (height - box[1]) // 2
+        resized = picture.resize((width, height), self._resample)
+        return resized.crop((left, top, left + box[0], top + box[1]))
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,19 @@ TEXTS = [
 ]
 SIDE = 32
 SQUARE, WIDE, TALL = (48, 48), (96, 48), (40, 120)
-EVEN = [SQUARE, WIDE, TALL, (32, 34), (97, 31), (16, 16)]
-"""(width, height) in pixels; shrunk to cover 32 x 32 an even number of pixels is cut off."""
+PICTURE_SIZES = [
+    SQUARE,
+    WIDE,
+    TALL,
+    (32, 34),
+    (97, 31),
+    (16, 16),
+    (33, 32),
+    (51, 40),
+    (320, 240),
+    (211, 500),
+]
+"""(width, height) in pixels."""
 LAYERS = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,54 +84,68 @@ def test_a_server_that_cannot_load_says_why(release_folder: Path, tmp_path: Path
         pass
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_stopping_drains_and_leaves_nothing(stop: signal.Signals, tmp_path: Path) -> None:
-    """The command as a user starts it: requests in flight are answered, processes, ports,
-    scratch folders and shared memory are gone."""
-    with (tmp_path / "log").open("w+") as log:
+SERVE = [sys.executable, "-m", "deploy.local"]
+FREE_PORTS = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """The command as a user starts it: its process, gRPC address and log."""
+    path = tmp_path / "serve.log"
+    with path.open("w") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "deploy.local",
-                "--grpc-port",
-                "0",
-                "--http-port",
-                "0",
-                "--metrics-port",
-                "0",
-            ],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            [*SERVE, *FREE_PORTS], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            address = wait_for_address(tmp_path / "log", process)
-            results: list[object] = []
-            with Encoder(Settings(triton=address, timeout_s=30)) as encoder:
-                encoder.served()
-                threads = [
-                    threading.Thread(target=lambda: results.append(ask(encoder))) for _ in range(16)
-                ]
-                for thread in threads:
-                    thread.start()
-                time.sleep(0.05)
-                process.send_signal(stop)
-                for thread in threads:
-                    thread.join()
-            assert process.wait(60) == 0
+            yield process, wait_for_address(path, process), path
         finally:
             process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_stopping_drains_and_leaves_nothing(
+    stop: signal.Signals, serving: tuple[subprocess.Popen[bytes], str, Path]
+) -> None:
+    """Requests in flight are answered; scratch folders and shared memory are gone."""
+    process, address, log = serving
+    results: list[object] = []
+    with Encoder(Settings(triton=address, timeout_s=30)) as encoder:
+        encoder.served()
+        threads = [threading.Thread(target=lambda: results.append(ask(encoder))) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        process.send_signal(stop)
+        for thread in threads:
+            thread.join()
+    assert process.wait(60) == 0
     answered = [r for r in results if r == 128]
     refused = [r for r in results if isinstance(r, ServerUnavailable)]
     assert len(answered) + len(refused) == 16, results
     assert answered, "what was in flight must be answered"
-    said = (tmp_path / "log").read_text()
+    said = log.read_text()
     assert "serves release" in said
     (scratch,) = set(re.findall(r"/(retrieval-triton-\w+)", said))
-    assert not [
-        p for base in ("/dev/shm", tempfile.gettempdir()) for p in Path(base).glob(f"{scratch}*")
-    ]
+    places = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    assert not [path for place in places for path in place.glob(f"{scratch}*")]
+
+
+def test_a_killed_launcher_takes_the_server_with_it(
+    serving: tuple[subprocess.Popen[bytes], str, Path],
+) -> None:
+    """Nobody is left to stop the server: its port must come free for the next start."""
+    process, address, _ = serving
+    process.kill()
+    port = int(address.split(":")[1])
+    end = time.monotonic() + 20
+    while True:
+        try:
+            local.choose_ports(local.LOOPBACK, grpc=port)
+            return
+        except DeployError:
+            assert time.monotonic() < end, f"port {port} is still taken"
+            time.sleep(0.2)
 
 
 def ask(encoder: Encoder) -> object:
@@ -181,21 +196,7 @@ def test_a_command_runs_beside_a_server(tmp_path: Path) -> None:
         "e = Encoder(Settings.from_env()); e.encode_queries(['x']).vector(0); sys.exit(7)"
     )
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "deploy.local",
-            "--grpc-port",
-            "0",
-            "--http-port",
-            "0",
-            "--metrics-port",
-            "0",
-            "--run",
-            sys.executable,
-            "-c",
-            script,
-        ],
+        [*SERVE, *FREE_PORTS, "--run", sys.executable, "-c", script],
         cwd=ROOT,
         capture_output=True,
         text=True,
