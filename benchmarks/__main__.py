@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -26,8 +27,20 @@ from retrieval_contract.errors import RetrievalError, ServerError
 ROOT = Path(__file__).parent.parent
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 WARMUP_S = 2.0
-NAME = "queries"
-"""Of every file that a run leaves."""
+NAME = "load"
+"""Of every file that a run leaves; a catalog has none of that name."""
+FILES = tuple(
+    NAME + ending
+    for ending in (
+        ".html",
+        ".jsonl",
+        ".log",
+        "_stats.csv",
+        "_stats_history.csv",
+        "_failures.csv",
+        "_exceptions.csv",
+    )
+)
 SETTLE_S = 3
 """Locust's own time limit comes so much after the last query: normally its users have left."""
 START_AND_EXIT_S = 30.0
@@ -72,8 +85,8 @@ def run_locust(args: argparse.Namespace, settings: Settings, out: Path) -> RawLo
     It is killed when it does not end in time. Raises ServerError with its last words.
     """
     raw_log, log = out / f"{NAME}.jsonl", out / f"{NAME}.log"
-    for old in out.glob(f"{NAME}*"):
-        old.unlink()
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
     flags: dict[str, object] = {
         "users": 1 if args.rate else args.users,
         "spawn-rate": args.users,
@@ -138,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
 def main() -> None:
     """Command line."""
     args = parser().parse_args()
+    # Leaves by an exception, so that locust is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         raise SystemExit(run(args))
     except RetrievalError as exc:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NoReturn
 
+from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_contract import models
@@ -32,13 +33,19 @@ from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
 from retrieval_contract.release import Release
 
-ROOT = Path(__file__).parent.parent
-SERVER_PYTHON = ROOT / ".venv-server" / "bin" / "python"
 LATEST = ROOT / "build" / "releases" / "latest"
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_S = 120.0
 DRAIN_S = 30
-"""What Triton gives requests in flight after SIGTERM; 10 s later it is killed."""
+"""What Triton gives its queues after SIGTERM; 10 s later it is killed."""
+COMMAND_STOP_S = 5.0
+"""What a `--run` command gets between SIGTERM and SIGKILL."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+TOWER_FILES = {
+    Target.GPU: [models.PLAN_FILE],
+    Target.CPU: [models.ONNX_FILE],
+    Target.LOCAL: [models.PYTHON_FILE, models.ONNX_FILE],
+}
 
 # Without a GPU Triton complains about CUDA on every start; it means nothing here.
 HARMLESS = re.compile(
@@ -48,14 +55,6 @@ HARMLESS = re.compile(
 
 # The lines that say why a start failed, out of the tables around them.
 TELLING = re.compile(r"^E\d{4}|^error|UNAVAILABLE")
-
-# Asked of the server environment's interpreter, whose paths we cannot know.
-PROBE = """
-import json, pathlib, sys, sysconfig
-site = pathlib.Path(sysconfig.get_paths()["purelib"])
-print(json.dumps({"site": str(site), "version": f"3.{sys.version_info[1]}",
-                  "libdir": sysconfig.get_config_var("LIBDIR") or ""}))
-"""
 
 
 @dataclass(frozen=True)
@@ -83,80 +82,29 @@ class Server:
         return f"{self.host}:{self.ports.grpc}"
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """The server environment: its interpreter and what the wheel put beside it."""
-
-    python: Path
-    site: Path
-    stub: Path
-    libraries: str
-
-    @property
-    def triton(self) -> Path:
-        """Triton's folder inside the wheel."""
-        return self.site / "pytriton" / "tritonserver"
-
-
-def find_wheel(python: Path) -> Wheel:
-    """Locate Triton through the server environment's interpreter; DeployError when it is not."""
-    if not python.exists():
-        raise DeployError(
-            f"{python}: no server environment there; run `make setup` or give --server-python"
-        )
-    found = json.loads(subprocess.check_output([python, "-c", PROBE], text=True))
-    site = Path(found["site"])
-    triton = site / "pytriton" / "tritonserver"
-    if not (triton / "bin" / "tritonserver").exists():
-        raise DeployError(
-            f"{python}: the package nvidia-pytriton is not installed there; run `make setup`"
-        )
-    stub = triton / "python_backend_stubs" / found["version"] / "triton_python_backend_stub"
-    if not stub.exists():
-        have = sorted(p.name for p in stub.parent.parent.iterdir())
-        raise DeployError(
-            f"Python {found['version']}: Triton's wheel has stubs for {have} only; "
-            "make the server environment with one of those"
-        )
-    wheel = Wheel(python, site, stub, f"{site}/nvidia_pytriton.libs:{found['libdir']}")
-    _check_libraries(wheel, found["version"])
-    return wheel
-
-
-def _check_libraries(wheel: Wheel, version: str) -> None:
-    """Distributions ship libpython apart from python: say so before the stub dies of it."""
-    env = os.environ | {"LD_LIBRARY_PATH": wheel.libraries}
-    listing = subprocess.run(["ldd", wheel.stub], env=env, capture_output=True, text=True)
-    missing = [line.split()[0] for line in listing.stdout.splitlines() if "not found" in line]
-    if missing:
-        raise DeployError(
-            f"Triton's Python stub lacks {missing}; on Debian and Ubuntu: "
-            f"apt-get install libpython{version}"
-        )
-
-
 def check_release(folder: Path, target: Target) -> Release:
     """Read the release and see that every model file is there; DeployError naming what is not."""
     release = Release.load(folder)
-    repository = folder / "model_repository"
-    for part in (*models.MODELS, *models.ENSEMBLES):
-        version = repository / part.name / str(release.version)
-        tower = part in models.TOWERS
-        needed = [
-            version,
-            repository / part.name / (f"configs/{target}.pbtxt" if tower else "config.pbtxt"),
-        ]
-        if part in models.MODELS and not (tower and target is Target.GPU):
-            needed.append(version / "model.py")
-        if tower:
-            needed.append(version / ("model.plan" if target is Target.GPU else "model.onnx"))
-        for path in needed:
-            if not path.exists():
-                raise DeployError(
-                    f"{path}: not found; the release is not whole, build it again "
-                    "with `python -m export repository`"
-                )
+    for path in _files(folder / "model_repository", str(release.version), target):
+        if not path.exists():
+            raise DeployError(
+                f"{path}: not found; the release is not whole, build it again "
+                "with `python -m export repository`"
+            )
     return release
+
+
+def _files(repository: Path, version: str, target: Target) -> Iterator[Path]:
+    """Everything that a server of that target reads; the folder of an ensemble's version, too."""
+    for part in (*models.MODELS, *models.ENSEMBLES):
+        config, names = "config.pbtxt", []
+        if part in models.TOWERS:
+            config, names = f"configs/{target}.pbtxt", TOWER_FILES[target]
+        elif part in models.MODELS:
+            names = [models.PYTHON_FILE, models.TOKENIZER_FILE]
+        home = repository / part.name
+        yield from (home / config, home / version)
+        yield from (home / version / name for name in names)
 
 
 def choose_ports(host: str, grpc: int = 0, http: int = 0, metrics: int = 0) -> Ports:
@@ -212,55 +160,55 @@ def triton(
     release_folder: Path = LATEST,
     *,
     server_python: Path = SERVER_PYTHON,
-    target: Target = Target.LOCAL,
     host: str = LOOPBACK,
     ports: Ports | None = None,
     log: IO[str] = sys.stderr,
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once a real inference worked.
 
-    The server leads a process group of its own, so Ctrl-C reaches us first and requests in
-    flight are finished; whatever it leaves (stubs, shared memory) is removed. Raises
-    DeployError when it cannot start, with the lines of its log that say why.
+    The server leads a process group of its own, so Ctrl-C reaches us first and it can drain;
+    whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
+    start, with the lines of its log that say why.
     """
     wheel = find_wheel(server_python)
-    release = check_release(release_folder, target)
+    release = check_release(release_folder, Target.LOCAL)
     ports = ports or choose_ports(host)
     with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
-        # The stub finds its packages as `python3` on PATH would.
-        env = os.environ | {
-            "LD_LIBRARY_PATH": wheel.libraries,
-            "PATH": f"{wheel.python.parent}:{os.environ['PATH']}",
-        }
-        env.pop("PYTHONPATH", None)
-        args = command(
-            wheel,
-            backends,
-            (release_folder / "model_repository").resolve(),
-            host,
-            ports,
-            target,
-            shm_prefix,
+        repository = (release_folder / "model_repository").resolve()
+        process = _start(
+            wheel, command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix)
         )
-        process = subprocess.Popen(
-            args,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        tail = _pump(process, log)
         try:
-            version = _wait_ready(process, f"{host}:{ports.grpc}", tail)
+            words = LastWords(process, log)
+            version = _wait_ready(process, f"{host}:{ports.grpc}", words)
             yield Server(host, ports, release, version, process)
         finally:
-            stop(process)
-            for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
-                region.unlink(missing_ok=True)
+            with _undisturbed(process):
+                stop(process)
+                for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
+                    region.unlink(missing_ok=True)
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(wheel: Wheel, args: list[str]) -> subprocess.Popen[str]:
+    """The server's process, in a group of its own, its log on a pipe."""
+    # The stub finds its packages as `python3` on PATH would.
+    env = os.environ | {
+        "LD_LIBRARY_PATH": wheel.libraries,
+        "PATH": f"{wheel.python.parent}:{os.environ['PATH']}",
+    }
+    env.pop("PYTHONPATH", None)
+    return subprocess.Popen(
+        args,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def _backends(wheel: Wheel, scratch: Path) -> Path:
@@ -271,36 +219,42 @@ def _backends(wheel: Wheel, scratch: Path) -> Path:
     return scratch
 
 
-def _pump(process: subprocess.Popen[str], log: IO[str]) -> list[str]:
-    """Pass the server's log on, without the noise; keeps the telling lines for error messages."""
-    tail: list[str] = []
+class LastWords:
+    """Passes the server's log on, without the noise, and keeps its end for error messages."""
 
-    def run() -> None:
+    def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
+        self._telling: deque[str] = deque(maxlen=20)
+        self._raw: deque[str] = deque(maxlen=20)
+        self._pump = threading.Thread(target=self._run, args=(process, log), daemon=True)
+        self._pump.start()
+
+    def _run(self, process: subprocess.Popen[str], log: IO[str]) -> None:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
                 if HARMLESS.search(line):
                     continue
+                self._raw.append(line)
                 if TELLING.search(line):
-                    tail.append(line)
-                    del tail[:-20]
+                    self._telling.append(line)
                 with contextlib.suppress(ValueError):  # the log was closed first: drop the rest
                     print(line, end="", file=log, flush=True)
 
-    threading.Thread(target=run, daemon=True).start()
-    return tail
+    def read(self) -> str:
+        """The telling lines, else the last ones: what the dynamic linker says tells, too."""
+        self._pump.join(1.0)  # a server that has exited may still have words in the pipe
+        return "".join(tuple(self._telling or self._raw))
 
 
-def _wait_ready(process: subprocess.Popen[str], address: str, tail: list[str]) -> str:
+def _wait_ready(process: subprocess.Popen[str], address: str, words: LastWords) -> str:
     """Wait for a real inference through both steps; returns "triton <version>"."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     problem = ""
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            time.sleep(0.2)  # let the pump read the last words
             raise DeployError(
                 f"Triton exited with code {process.returncode} while starting; its "
-                f"last words:\n{''.join(tail)}"
+                f"last words:\n{words.read()}"
             )
         try:
             with Encoder(Settings(triton=address)) as encoder:
@@ -311,12 +265,15 @@ def _wait_ready(process: subprocess.Popen[str], address: str, tail: list[str]) -
             time.sleep(0.2)
     raise DeployError(
         f"Triton was not ready after {READY_TIMEOUT_S:.0f} s ({problem}); its last "
-        f"words:\n{''.join(tail)}"
+        f"words:\n{words.read()}"
     )
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, let requests in flight finish, then make sure that nothing is left."""
+    """SIGTERM, let what waits for a tower be answered, then make sure that nothing is left.
+
+    Triton 2.51 refuses what is still in an ensemble's first step: its callers ask again.
+    """
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -326,8 +283,51 @@ def stop(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _undisturbed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Nothing interrupts the block: a further Ctrl-C or SIGTERM only ends the drain at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+
+    def hurry(signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, hurry) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
+
+
+class Stopped(KeyboardInterrupt):
+    """We were asked to stop; holds the number of the signal."""
+
+
+def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # no second one before `_undisturbed`, nor after
+    raise Stopped(signum)
+
+
+def _run_beside(server: Server, args: Sequence[str]) -> int:
+    """Run a command that finds the address in its environment; its exit code as a shell's."""
+    try:
+        process = subprocess.Popen(args, env=os.environ | {"RETRIEVAL_TRITON": server.grpc_address})
+    except OSError as exc:
+        raise DeployError(f"--run {args[0]}: {exc.strerror}; give a program that starts") from exc
+    try:
+        code = process.wait()
+    finally:
+        process.terminate()
+        try:
+            process.wait(COMMAND_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def main() -> None:
@@ -345,7 +345,8 @@ def main() -> None:
         help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    for number in STOPPING:
+        signal.signal(number, _raise_stopped)
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
         with triton(
@@ -353,12 +354,13 @@ def main() -> None:
         ) as server:
             _announce(server)
             if args.run:
-                env = os.environ | {"RETRIEVAL_TRITON": server.grpc_address}
-                raise SystemExit(subprocess.run(args.run, env=env).returncode)
+                raise SystemExit(_run_beside(server, args.run))
             code = server.process.wait()
             raise DeployError(f"Triton exited by itself with code {code}; see its log above")
-    except KeyboardInterrupt:
+    except Stopped as exc:
         print("stopped", file=sys.stderr)
+        if args.run:  # its caller must not take it for done
+            raise SystemExit(128 + exc.args[0]) from None
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
 

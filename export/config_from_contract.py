@@ -24,7 +24,11 @@ LATEST_VERSION = -1
 WARMUP_TOKENS = 8
 """Token length of the warm-up rows of towers whose token axis is dynamic."""
 
-FILES = {Target.GPU: "model.plan", Target.CPU: "model.onnx", Target.LOCAL: "model.py"}
+FILES = {
+    Target.GPU: models.PLAN_FILE,
+    Target.CPU: models.ONNX_FILE,
+    Target.LOCAL: models.PYTHON_FILE,
+}
 BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime", Target.LOCAL: "python"}
 
 
@@ -76,7 +80,7 @@ def python_config(model: Model, release: Release, release_id: str) -> ModelConfi
     """A tokenizer or preprocessor: our Python, with its rules in the parameters."""
     config = _computing(model, release, release_id)
     config.backend = "python"
-    config.default_model_filename = "model.py"
+    config.default_model_filename = models.PYTHON_FILE
     if model is models.QUERY_TOKENIZER:
         _set(config, "text", asdict(release.query))
     elif model is models.PRODUCT_PREPROCESSOR:
@@ -110,9 +114,7 @@ def _base(part: Model | Ensemble, release: Release, release_id: str) -> ModelCon
         config.input.append(_input(tensor, release))
     for tensor in part.outputs:
         config.output.append(
-            ModelOutput(
-                name=tensor.name, data_type=tensor.dtype.config, dims=_dims(tensor, release)
-            )
+            ModelOutput(name=tensor.name, data_type=tensor.dtype.config, dims=release.dims(tensor))
         )
     config.parameters[RELEASE_PARAMETER].string_value = release_id
     return config
@@ -133,27 +135,14 @@ def _computing(model: Model, release: Release, release_id: str) -> ModelConfig:
             entry.dims[:] = [1]
             entry.input_data_file = tensor.name
         else:
-            entry.dims[:] = [WARMUP_TOKENS if d < 0 else d for d in _dims(tensor, release)]
+            entry.dims[:] = [WARMUP_TOKENS if d < 0 else d for d in release.dims(tensor)]
             entry.zero_data = True
     return config
 
 
 def _input(tensor: Tensor, release: Release) -> ModelInput:
-    dims = _dims(tensor, release)
+    dims = release.dims(tensor)
     return ModelInput(name=tensor.name, data_type=tensor.dtype.config, dims=dims)
-
-
-def _dims(tensor: Tensor, release: Release) -> tuple[int, ...]:
-    """The contract's dims; an axis that this release always pads to the full length is fixed."""
-    full = {
-        "query_tokens": release.query.pad_to == "max",
-        "title_tokens": release.title.pad_to == "max",
-    }
-    largest = tensor.largest(release.sizes)
-    return tuple(
-        bound if dim < 0 and full[getattr(axis, "size", "")] else dim
-        for axis, dim, bound in zip(tensor.axes, tensor.dims(release.sizes), largest, strict=True)
-    )
 
 
 def _set(config: ModelConfig, name: str, value: object) -> None:

@@ -89,17 +89,15 @@ def onnx_from_towers(towers: TwoTowers, model: Model) -> onnx.ModelProto:
     The output is called `raw_<name>`: torch names inner values after its operators, and a
     clash makes an invalid file; surgery gives the contract's name.
     """
-    sizes = towers.release().sizes
-    example = example_inputs(model, sizes)
-    dynamic = {
-        t.name: {0: torch.export.Dim("batch", min=1, max=model.batch.max)} for t in model.inputs
-    }
-    # A tower that always pads to the full length may rely on it: then the axis is fixed.
-    fixed = {"query_tokens": towers.spec.query.spec, "title_tokens": towers.spec.title.spec}
+    release = towers.release()
+    example = example_inputs(model, release.sizes)
+    batch = torch.export.Dim("batch", min=1, max=model.batch.max)
+    dynamic = {tensor.name: {0: batch} for tensor in model.inputs}
     for tensor in model.inputs:
-        for i, axis in enumerate(tensor.axes, start=1):
-            if isinstance(axis, UpTo) and fixed[axis.size].pad_to == "longest":
-                dynamic[tensor.name][i] = torch.export.Dim(axis.size, min=2, max=sizes[axis.size])
+        for i, (axis, dim) in enumerate(zip(tensor.axes, release.dims(tensor), strict=True), 1):
+            if isinstance(axis, UpTo) and dim == -1:
+                bound = release.sizes[axis.size]
+                dynamic[tensor.name][i] = torch.export.Dim(axis.size, min=2, max=bound)
     buffer = io.BytesIO()
     with quiet():
         torch.onnx.export(

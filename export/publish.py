@@ -1,4 +1,4 @@
-"""Proved graphs → an immutable release folder that servers load.
+"""Proved graphs → a release folder that servers load.
 
     <releases>/<release_id>/
         release.json          sizes, preprocessing, hashes, release_id
@@ -32,7 +32,7 @@ from export.onnx_from_towers import onnx_from_towers
 from export.parity import parity
 from export.surgery import operate
 from retrieval_contract import models
-from retrieval_contract.release import RELEASE_FILE, Release
+from retrieval_contract.release import Release
 from retrieval_contract.tensors import Dtype, Engine, Model
 from towers.two_towers import TwoTowers
 
@@ -65,7 +65,7 @@ def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[s
     for model in models.TOWERS:
         with console.status(f"{model.name}: tracing, cutting, comparing"):
             raw = onnx_from_towers(towers, model)
-            graph = operate(raw, model, release.image, release.sizes)
+            graph = operate(raw, model, release)
             proof = parity(towers, model, graph)
         onnx.save(graph, folder / f"{model.name}.onnx")
         console.print(
@@ -114,11 +114,12 @@ def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
             # Triton wants the folder; copies to object stores and images lose empty ones.
             (version_folder / ".keep").touch()
             continue
-        shutil.copyfile(SOURCES / part.name / "1" / "model.py", version_folder / "model.py")
+        source = SOURCES / part.name / "1" / models.PYTHON_FILE
+        shutil.copyfile(source, version_folder / models.PYTHON_FILE)
         if part.engine is Engine.NETWORK:
-            (folder / f"{part.name}.onnx").rename(version_folder / "model.onnx")
+            (folder / f"{part.name}.onnx").rename(version_folder / models.ONNX_FILE)
         else:
-            (version_folder / "tokenizer.json").write_text(tokenizers[part.name], "utf-8")
+            (version_folder / models.TOKENIZER_FILE).write_text(tokenizers[part.name], "utf-8")
             _write_warmup(part, folder / REPOSITORY / part.name / "warmup")
 
 
@@ -150,13 +151,18 @@ def write_manifest(folder: Path, release: Release, proofs: list[dict[str, Any]])
         "code": code_fingerprint(),
         "parity": proofs,
         "versions": {tool: version(tool) for tool in TOOLS} | {"python": sys.version.split()[0]},
-        "files": {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        },
+        "files": hashes_of_files(folder),
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+
+
+def hashes_of_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the manifest, by its path inside `folder`."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST_FILE
+    }
 
 
 def code_fingerprint() -> str:
@@ -169,18 +175,20 @@ def code_fingerprint() -> str:
 
 
 def make_read_only(folder: Path) -> None:
-    """A release never changes once it has its name."""
+    """Nobody edits a release: other content is another release, other code replaces it whole."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o444)
 
 
 def _is_built(home: Path) -> bool:
-    manifest = home / MANIFEST_FILE
-    if not (home / RELEASE_FILE).is_file() or not manifest.is_file():
+    """Whether this very code built it, and every file is still what was written."""
+    try:
+        manifest = json.loads((home / MANIFEST_FILE).read_text("utf-8"))
+        said = manifest["code"], manifest["files"]
+    except (OSError, ValueError, KeyError):
         return False
-    code: str = json.loads(manifest.read_text("utf-8"))["code"]
-    return code == code_fingerprint()
+    return said == (code_fingerprint(), hashes_of_files(home))
 
 
 def _point_latest(home: Path) -> None:

@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
-from retrieval_contract.release import ImageSpec
-from retrieval_contract.tensors import Model, Sizes, UpTo
+from retrieval_contract.release import ImageSpec, Release
+from retrieval_contract.tensors import Model, UpTo
 
 Pass = Callable[[gs.Graph], gs.Graph]
 
@@ -74,7 +74,7 @@ def take_uint8_pixels(graph: gs.Graph, image: ImageSpec) -> gs.Graph:
     return graph
 
 
-def name_by_contract(graph: gs.Graph, model: Model, sizes: Sizes) -> gs.Graph:
+def name_by_contract(graph: gs.Graph, model: Model, release: Release) -> gs.Graph:
     """Inputs and outputs get the contract's names, dtypes and axes, in its order."""
     inner = graph.tensors()
     for declared, tensor in zip(model.outputs, graph.outputs, strict=True):
@@ -87,15 +87,9 @@ def name_by_contract(graph: gs.Graph, model: Model, sizes: Sizes) -> gs.Graph:
             raise ExportError(
                 f"{model.name}: expected a tensor '{declared.name}', the graph has {sorted(ends)}"
             )
-        lengths = zip(
-            declared.axes, declared.dims(sizes), ends[declared.name].shape[1:], strict=True
-        )
-        # An axis that the tower fixed (always padded to full length) stays fixed.
+        axes = zip(declared.axes, release.dims(declared), strict=True)
         ends[declared.name].shape = ["batch"] + [
-            axis.size
-            if isinstance(axis, UpTo) and not isinstance(traced, int)
-            else (traced if isinstance(axis, UpTo) else length)
-            for axis, length, traced in lengths
+            axis.size if isinstance(axis, UpTo) and dim == -1 else dim for axis, dim in axes
         ]
     graph.inputs = [ends[t.name] for t in model.inputs]
     graph.outputs = [ends[t.name] for t in model.outputs]
@@ -108,35 +102,35 @@ def fold(graph: gs.Graph) -> gs.Graph:
     return graph
 
 
-def passes(model: Model, image: ImageSpec, sizes: Sizes) -> list[Pass]:
+def passes(model: Model, release: Release) -> list[Pass]:
     """The passes of one tower, in their order."""
     return [
         use_int32_inputs,
         use_finite_masks,
-        lambda graph: take_uint8_pixels(graph, image),
-        lambda graph: name_by_contract(graph, model, sizes),
+        lambda graph: take_uint8_pixels(graph, release.image),
+        lambda graph: name_by_contract(graph, model, release),
         fold,
     ]
 
 
-def operate(raw: onnx.ModelProto, model: Model, image: ImageSpec, sizes: Sizes) -> onnx.ModelProto:
+def operate(raw: onnx.ModelProto, model: Model, release: Release) -> onnx.ModelProto:
     """All passes, then proof that the result is valid and is what the contract says."""
     graph = gs.import_onnx(raw)
-    for one in passes(model, image, sizes):
+    for one in passes(model, release):
         graph = one(graph)
     graph.name, graph.doc_string = model.name, ""
     done = gs.export_onnx(graph, producer_name=PRODUCER, producer_version="")
     del done.graph.value_info[:]
     del done.metadata_props[:]
     onnx.checker.check_model(done, full_check=True)
-    check_contract(done, model, sizes)
+    check_contract(done, model, release)
     return done
 
 
-def check_contract(graph: onnx.ModelProto, model: Model, sizes: Sizes) -> None:
+def check_contract(graph: onnx.ModelProto, model: Model, release: Release) -> None:
     """Raise ExportError unless inputs and outputs are the contract's, in name, type and dims."""
     wanted = [
-        (t.name, t.dtype.onnx, ["batch", *t.dims(sizes)]) for t in (*model.inputs, *model.outputs)
+        (t.name, t.dtype.onnx, ["batch", *release.dims(t)]) for t in (*model.inputs, *model.outputs)
     ]
     found = []
     for value in (*graph.graph.input, *graph.graph.output):

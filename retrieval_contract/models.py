@@ -89,6 +89,13 @@ class Target(StrEnum):
     LOCAL = "local"  # the Python backend running ONNX Runtime: the wheel's server has no other
 
 
+# File names inside a model's version folder.
+PYTHON_FILE = "model.py"
+ONNX_FILE = "model.onnx"
+PLAN_FILE = "model.plan"
+TOKENIZER_FILE = "tokenizer.json"
+
+
 @dataclass(frozen=True)
 class Field:
     """One Milvus field. `max_bytes` is UTF-8 bytes, of text fields only."""
@@ -108,9 +115,9 @@ class Collection:
     fields: tuple[Field, ...]
     metric: str
 
-    def name(self, release_id: str) -> str:
+    def name(self, release_id: str, alias: str) -> str:
         """The collection of one release; vectors of two releases never share one."""
-        return f"{self.alias}_{release_id}"
+        return f"{alias}_{release_id}"
 
 
 PRODUCTS = Collection(

@@ -25,6 +25,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_BYTES = 20_000_000
 MAX_IMAGE_PIXELS = 80_000_000
 """A 8000 x 8000 photo passes; what a header claims beyond this is not decoded."""
+MAX_JPEG_SCANS = 64
+"""Cameras and tools write one, or some ten when progressive."""
 MIN_IMAGE_SIDE = 8
 """Pixels; a smaller picture is a tracking dot, and would give a confident, wrong vector."""
 EXIF_ORIENTATION = 0x0112
@@ -268,6 +270,12 @@ def open_image(raw: bytes, at_least: tuple[int, int]) -> Image.Image:
         raise ItemError(
             Reason.IMAGE_TOO_LARGE,
             f"expected at most {MAX_IMAGE_BYTES} bytes, got {len(raw)}; shrink it",
+        )
+    # A scan of a progressive JPEG repaints the whole picture for some hundred bytes.
+    if raw.startswith(b"\xff\xd8") and (scans := raw.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise ItemError(
+            Reason.IMAGE_TOO_LARGE,
+            f"expected at most {MAX_JPEG_SCANS} JPEG scans, got {scans}; save it again",
         )
     try:
         with warnings.catch_warnings():

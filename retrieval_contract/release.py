@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
-from retrieval_contract.tensors import Ensemble, Model, Sizes, Tensor
+from retrieval_contract.tensors import Ensemble, Model, Sizes, Tensor, UpTo
 
 RELEASE_FILE = "release.json"
 RELEASE_PARAMETER = "release_id"
@@ -58,7 +58,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Release:
-    """One exported pair of towers. `hashes` are SHA-256 by part: weights, tokenizers."""
+    """One exported pair of towers. `hashes` are SHA-256 by part: weights, code, tokenizers."""
 
     family: str
     vector_dim: int
@@ -86,9 +86,25 @@ class Release:
             "image_width": self.image.width,
         }
 
+    def dims(self, tensor: Tensor) -> tuple[int, ...]:
+        """A tensor's dims as Triton writes them, -1 where the length varies in this release.
+
+        Token axes of towers that always pad to the full length do not.
+        """
+        always_full = {
+            "query_tokens": self.query.pad_to == "max",
+            "title_tokens": self.title.pad_to == "max",
+        }
+        return tuple(
+            full if isinstance(axis, UpTo) and always_full.get(axis.size) else dim
+            for axis, dim, full in zip(
+                tensor.axes, tensor.dims(self.sizes), tensor.largest(self.sizes), strict=True
+            )
+        )
+
     @property
     def release_id(self) -> str:
-        """16 hex digits over weights, tokenizers, preprocessing, precision and contract."""
+        """16 hex digits over weights, code, tokenizers, preprocessing, precision, contract."""
         identity = dataclasses.asdict(self) | {"contract": contract_fingerprint()}
         return sha256_of_json(identity)[:16]
 

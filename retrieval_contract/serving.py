@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from retrieval_contract.models import ONNX_FILE
 from retrieval_contract.release import ImageSpec, TextSpec, image_spec_from_json
 from retrieval_contract.tensors import Array
-
-TOKENIZER_FILE = "tokenizer.json"
-ONNX_FILE = "model.onnx"
 
 
 def version_folder(args: dict[str, str]) -> Path:

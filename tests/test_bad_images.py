@@ -95,6 +95,13 @@ def palette() -> Image.Image:
     return scene().quantize(64)
 
 
+def endless_scans() -> bytes:
+    """A small progressive JPEG whose last scan comes a hundred times: hours, at full size."""
+    whole = file_of(scene(), "JPEG", progressive=True)
+    start = whole.rindex(b"\xff\xda")
+    return whole[:start] + whole[start:-2] * 100 + whole[-2:]
+
+
 BOMB = png(50_000, 50_000, b"\0" * 50_001)
 SERVED_AS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
     "png": (lambda: file_of(scene(), "PNG"), scene),
@@ -163,6 +170,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], Reason]] = {
         ),
         Reason.IMAGE_BROKEN,
     ),
+    "endless_scans": (endless_scans, Reason.IMAGE_TOO_LARGE),
     "1x1": (lambda: photo(size=(1, 1), format="PNG"), Reason.IMAGE_TOO_SMALL),
     "7_high": (lambda: photo(size=(500, 7)), Reason.IMAGE_TOO_SMALL),
     "gif": (lambda: photo(mode="P", format="GIF"), Reason.IMAGE_FORMAT),

@@ -153,15 +153,43 @@ def test_somebody_elses_collection_is_refused_and_left_alone(store: Settings) ->
     assert len(client.describe_collection("products")["fields"]) == 2
 
 
-def test_an_interrupted_creation_is_finished(store: Settings) -> None:
-    """Killed between collection and alias: the next push takes it up."""
+@pytest.mark.parametrize("index", [True, False])
+def test_an_interrupted_creation_is_finished(store: Settings, index: bool) -> None:
+    """Killed between collection, index and alias: the next push takes it up."""
     with Catalog(store) as catalog:
         catalog.prepare(RELEASE, DIM)
         client = MilvusClient(store.milvus)
         client.drop_alias("products")
+        if not index:
+            client.release_collection(f"products_{RELEASE}")
+            client.drop_index(f"products_{RELEASE}", "vector")
+            assert client.list_indexes(f"products_{RELEASE}") == []
         assert catalog.info() is None
         catalog.prepare(RELEASE, DIM)
-        assert catalog.count() == 0
+        catalog.upsert([product_row("a", DIM)])
+        assert catalog.search(np.eye(1, DIM, dtype=np.float32))[0][0].id == "a"
+
+
+def test_rows_go_where_they_were_prepared_for_when_the_alias_moves(
+    catalog: Catalog, store: Settings
+) -> None:
+    other = models.PRODUCTS.name("feedfacefeedface", "other")
+    with Catalog(dataclasses.replace(store, collection="other")) as second:
+        second.prepare("feedfacefeedface", DIM)
+        MilvusClient(store.milvus).alter_alias(other, "products")
+        catalog.upsert([product_row("a", DIM)])
+        assert (catalog.count(), second.count()) == (1, 0)
+
+
+def test_writing_without_saying_for_which_release_is_refused(store: Settings) -> None:
+    with Catalog(store) as catalog, pytest.raises(CatalogError, match="call `prepare` first"):
+        catalog.upsert([product_row("a", DIM)])
+
+
+def test_reading_makes_no_store(store: Settings) -> None:
+    with Catalog(store) as catalog, pytest.raises(CatalogError, match="retrieval push"):
+        catalog.count()
+    assert not Path(store.milvus).exists()
 
 
 def test_an_empty_catalog_says_how_to_fill_it(store: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,9 @@ def test_settings_come_from_flags_over_environment_over_defaults() -> None:
     assert settings.override(triton="b:2", timeout_s=None).triton == "b:2"
     with pytest.raises(RetrievalError, match="RETRIEVAL_TIMEOUT_S: expected a float, got 'soon'"):
         Settings.from_env({"RETRIEVAL_TIMEOUT_S": "soon"})
+    for value in ("0", "-1", "nan", "inf"):
+        with pytest.raises(RetrievalError, match="timeout_s"):
+            Settings.from_env({"RETRIEVAL_TIMEOUT_S": value})
 
 
 def test_pushed_products_are_found_by_their_words(settings: Settings) -> None:
@@ -99,7 +103,9 @@ def test_bad_rows_are_set_aside_by_id_and_the_rest_goes_in(settings: Settings) -
         SourceRow("endless", b"x" * 5000),
         SourceRow("longish", b"word " * 500),
         SourceRow("p1", b"second of this id"),
-        SourceRow("", b"no id"),
+        SourceRow("", b"no id", number=28),
+        SourceRow("again", b"\xff"),
+        SourceRow("again", b"a good row after a bad one of its id"),
         SourceRow("nan", b"red dress", attributes={"price": float("nan")}),
         SourceRow("heavy", b"red dress", attributes={"text": "x" * 70_000}),
     ]
@@ -114,14 +120,17 @@ def test_bad_rows_are_set_aside_by_id_and_the_rest_goes_in(settings: Settings) -
         "endless": "too_long",
         "longish": "too_long",
         "p1": "duplicate_id",
-        "": "bad_id",
+        "row 28": "bad_id",
+        "again": "not_utf8",
         "nan": "bad_attributes",
         "heavy": "bad_attributes",
     }
-    assert (report.read, report.stored) == (50, 40)
+    assert (report.read, report.stored, report.settled) == (52, 41, 52)
+    stored = {"p1", "again"}
     with Catalog(settings) as catalog:
-        assert catalog.count() == 40
-        assert catalog.stored_hashes([row.id for row in bad if row.id and row.id != "p1"]) == {}
+        assert catalog.count() == 41
+        ids = [row.id for row in bad if row.id]
+        assert set(catalog.stored_hashes(ids)) == stored
 
 
 def test_missing_title_or_missing_picture_is_served(settings: Settings) -> None:
@@ -152,6 +161,25 @@ def test_one_deadline_covers_encode_and_search(settings: Settings) -> None:
         search("warm up")
         with pytest.raises(DeadlineExceeded):
             search("red dress", timeout_s=1e-4)
+        assert search("red dress", limit=1), "the connection is as good as before"
+
+
+def test_ctrl_c_does_not_wait_for_servers_that_are_away(
+    settings: Settings, encoder: Encoder, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object, **more: object) -> None:
+        raise ServerUnavailable("away")
+
+    def interrupted():
+        yield from good_rows(64)
+        raise KeyboardInterrupt
+
+    encoder.served()
+    monkeypatch.setattr(encoder, "encode_products", away)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Push(settings.override(retry_s=60.0), encoder, catalog).run(interrupted())
+    assert time.monotonic() - started < 10
 
 
 def test_more_rows_than_one_request_holds(encoder: Encoder) -> None:
@@ -281,9 +309,20 @@ def test_the_command_reports_refused_rows(settings: Settings, tmp_path: Path) ->
     }
 
 
+def test_an_id_that_no_encoding_takes_is_listed(settings: Settings, tmp_path: Path) -> None:
+    lines = [json.dumps({"id": "\ud800", "title": "a"}), json.dumps({"id": "b", "title": "mug"})]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    done = retrieval(settings, "push", "c.jsonl", "--json", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert json.loads(done.stdout)["stored"] == 1
+    (reject,) = map(json.loads, (tmp_path / "rejects.jsonl").read_text().splitlines())
+    assert reject["code"] == "bad_id"
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (["push", ".", "--rejects", "no/such/folder.jsonl"], "no/such/folder.jsonl"),
         (["push", "nowhere.csv"], "nowhere.csv: not found; expected a .parquet"),
         (["search", "red dress"], "fill it with `retrieval push SOURCE`"),
         (["status"], "no collection 'products' there"),
@@ -294,6 +333,7 @@ def test_the_command_reports_refused_rows(settings: Settings, tmp_path: Path) ->
 def test_errors_are_one_readable_line(
     settings: Settings, tmp_path: Path, args: list[str], said: str
 ) -> None:
+    (tmp_path / "a.jpg").write_bytes(photo())
     done = retrieval(settings, *args, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr.replace("\n", " ")

@@ -38,10 +38,7 @@ def raw() -> dict[str, onnx.ModelProto]:
 @pytest.fixture(scope="module")
 def done(raw: dict[str, onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
     """Both towers after surgery."""
-    return {
-        model.name: operate(raw[model.name], model, RELEASE.image, RELEASE.sizes)
-        for model in models.TOWERS
-    }
+    return {model.name: operate(raw[model.name], model, RELEASE) for model in models.TOWERS}
 
 
 def graph_of(*nodes: gs.Node, inputs: list, outputs: list) -> gs.Graph:
@@ -91,7 +88,7 @@ def test_an_inner_tensor_makes_way_for_the_contracts_name() -> None:
         inputs=[mask, ids],
         outputs=[out],
     )
-    surgery.name_by_contract(graph, QUERY_TOWER, RELEASE.sizes)
+    surgery.name_by_contract(graph, QUERY_TOWER, RELEASE)
     assert [t.name for t in graph.inputs] == ["query_ids", "query_mask"]
     assert (out.name, inner.name) == ("query_vector", "inner_query_vector")
     assert out.shape == ["batch", 16]
@@ -100,7 +97,7 @@ def test_an_inner_tensor_makes_way_for_the_contracts_name() -> None:
 def test_a_graph_without_a_declared_input_is_refused() -> None:
     x, y = gs.Variable("x", np.int32, ["b", "t"]), gs.Variable("y", np.float32, ["b", 16])
     with pytest.raises(ExportError, match="expected a tensor 'query_ids', the graph has"):
-        surgery.name_by_contract(graph_of(inputs=[x], outputs=[y]), QUERY_TOWER, RELEASE.sizes)
+        surgery.name_by_contract(graph_of(inputs=[x], outputs=[y]), QUERY_TOWER, RELEASE)
 
 
 @pytest.mark.parametrize("model", models.TOWERS, ids=lambda m: m.name)
@@ -182,9 +179,7 @@ def test_a_vector_does_not_depend_on_its_company_or_padding(
 
 
 def test_two_exports_have_one_hash(done: dict[str, onnx.ModelProto]) -> None:
-    again = operate(
-        onnx_from_towers(tiny_make(), QUERY_TOWER), QUERY_TOWER, RELEASE.image, RELEASE.sizes
-    )
+    again = operate(onnx_from_towers(tiny_make(), QUERY_TOWER), QUERY_TOWER, RELEASE)
     hashes = {
         hashlib.sha256(graph.SerializeToString()).hexdigest()
         for graph in (again, done["query_tower"])

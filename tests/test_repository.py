@@ -109,6 +109,15 @@ def test_other_code_rebuilds_a_release(tiny_release: Path, monkeypatch: pytest.M
     assert manifest["code"] == "other code"
 
 
+def test_a_damaged_release_is_rebuilt(tiny_release: Path) -> None:
+    graph = next(tiny_release.glob("model_repository/query_tower/*/model.onnx"))
+    whole = graph.read_bytes()
+    graph.chmod(0o644)
+    graph.write_bytes(whole[:-1])
+    publish(tiny_make(16), tiny_release.parent, Console(quiet=True))
+    assert graph.read_bytes() == whole
+
+
 def test_another_vector_size_is_followed_everywhere_or_refused(
     tiny_release: Path, tmp_path: Path
 ) -> None:

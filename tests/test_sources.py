@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 
 from retrieval_client.sources import Columns, Source, SourceRow
 from retrieval_contract.errors import SourceError
+from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 from tests.conftest import photo
 
 
@@ -36,7 +38,7 @@ def test_parquet_with_pictures_and_attributes(tmp_path: Path) -> None:
     first, second = rows_of(path)
     assert (first.id, first.title, first.image) == ("1", b"red dress", photo())
     assert first.attributes == {"price": 9.5, "tags": ["a", "b"]}
-    assert second == SourceRow("2")
+    assert second == SourceRow("2", number=2)
     assert Source(path).rows_expected == 2
 
 
@@ -54,7 +56,7 @@ def test_csv_with_paths_and_one_bad_row_of_each_kind(tmp_path: Path) -> None:
     text += b"4,caf\xe9,,\n5,too,many,values,here\n6,short\n"
     path = tmp_path / "c.csv"
     path.write_bytes(text)
-    rows = {row.id: row for row in rows_of(path)}
+    rows = {row.name: row for row in rows_of(path)}
     assert rows["1"].title == b"red, dress"
     assert rows["1"].image == photo()
     assert rows["1"].attributes == {"price": "9"}
@@ -69,13 +71,14 @@ def test_csv_with_paths_and_one_bad_row_of_each_kind(tmp_path: Path) -> None:
 
 def test_json_lines_with_a_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
-    path.write_text('{"id": 7, "title": "mug", "deep": {"a": [1]}}\n\n{oops\n[1]\n{"id": 8}\n')
-    with pytest.raises(SourceError, match="expected a title or image column"):
-        rows_of(path)
-    path.write_text('{"id": 7, "title": "mug", "deep": {"a": [1]}}\n\n{oops\n[1]\n')
-    first, second, third = rows_of(path)
-    assert (first.id, first.title, first.attributes) == ("7", b"mug", {"deep": {"a": [1]}})
-    assert [r.problem.reason for r in (second, third) if r.problem] == ["bad_attributes"] * 2
+    lines = ['{"title": "no id"}', '{"id": 7, "title": "mug", "deep": {"a": [1]}}', ""]
+    lines += ["{oops", "[1]", '{"id": 8}', '{"\\u0000": 1}', '{"sku": "n", "name": "\\ud800"}']
+    path.write_text("\n".join(lines))
+    rows = rows_of(path)
+    assert [row.name for row in rows] == ["row 1", "7", "row 4", "row 5", "8", "row 7", "n"]
+    assert (rows[1].title, rows[1].attributes) == (b"mug", {"deep": {"a": [1]}})
+    assert [row.problem.reason for row in rows if row.problem] == ["bad_attributes"] * 2
+    assert rows[6].title == b"\xed\xa0\x80", "the server says of this row that it is not UTF-8"
 
 
 def test_a_data_folder_joins_products_and_pictures(tmp_path: Path) -> None:
@@ -120,6 +123,45 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert (row.id, row.title) == ("x1", b"red")
 
 
+def test_a_named_column_must_be_there(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "c.parquet", id=[1], title=["red"])
+    with pytest.raises(SourceError, match=r"column for the image \(photo\), got .* --image-column"):
+        rows_of(path, Columns().given(image="photo"))
+
+
+def test_a_data_folder_is_paired_by_the_named_id(tmp_path: Path) -> None:
+    columns = {"sku": ["a", "b"], "row": [1, 2]}
+    write_parquet(tmp_path / "products.parquet", **columns, title=["x", "y"])
+    write_parquet(tmp_path / "images.parquet", sku=["a", "c"], row=[1, 2], jpeg=[photo()] * 2)
+    assert [row.id for row in rows_of(tmp_path, Columns().given(id="row"))] == ["1", "2"]
+    with pytest.raises(SourceError, match=r"row 2 is 'b' in products\.parquet and 'c'"):
+        rows_of(tmp_path)
+
+
+def test_an_id_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_bytes(b"id,title\ncaf\xe9,cup\nb,mug\n")
+    bad, good = rows_of(path)
+    assert bad.problem is not None
+    assert (bad.problem.reason, bad.name, good.id) == ("bad_id", "row 1", "b")
+    assert "caf\\xe9" in bad.problem.detail
+
+
+def test_image_cells_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    names = ["pipe.jpg", "huge.jpg", ".", "no\0name.jpg", "x" * 5000]
+    path = tmp_path / "c.jsonl"
+    lines = [json.dumps({"id": n, "image": name}) for n, name in enumerate(names)]
+    path.write_text("\n".join(lines))
+    assert [row.problem.reason for row in rows_of(path) if row.problem] == [
+        "image_missing_file",
+        "image_too_large",
+        *["image_missing_file"] * 3,
+    ]
+
+
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "c.xlsx").write_bytes(b"")
@@ -130,7 +172,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
         "empty": "found neither",
         "c.xlsx": "expected .parquet, .csv, .jsonl or a folder, got '.xlsx'",
         "c.parquet": "not a readable Parquet file",
-        "c.csv": "expected an id column .* name it with --id-column",
+        "c.csv": "expected a column for the id .* name it with --id-column",
     }.items():
         with pytest.raises(SourceError, match=message):
             rows_of(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.tiny import tiny_make
 from towers.checkpoint import load_towers, save_make
 from towers.make import Make, ModalAdaptation
 from towers.pretrained import package_folder, pretrained_make
-from towers.two_towers import TwoTowers
+from towers.two_towers import TwoTowers, hash_of_code
 
 TINY = tiny_make()
 
@@ -187,7 +188,11 @@ def test_a_torn_weights_file_is_refused(tmp_path: Path) -> None:
     [
         ({"family": "unknown"}, "expected family 'make'"),
         ({"vectordim": 3}, "unknown \\['vectordim'\\]"),
-        ({"family": "no_such_module:load"}, "cannot be imported"),
+        ({"family": "no_such_module:Towers"}, "cannot be imported"),
+        ({"family": "os:system"}, "expected a subclass of TwoTowers"),
+        ({"family": "towers.two_towers:TwoTowers"}, "has no classmethod `load"),
+        ({"vector_dim": "many"}, "no model can be made of these values"),
+        ({"text_encoder": {"hidden_size": 7, "num_attention_heads": 2}}, "no model can be made"),
     ],
 )
 def test_a_strange_config_is_refused(tmp_path: Path, values: dict, message: str) -> None:
@@ -199,9 +204,32 @@ def test_a_strange_config_is_refused(tmp_path: Path, values: dict, message: str)
 
 def test_another_model_plugs_in_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_towers.py").write_text(
-        "from tests.tiny import tiny_make\n\n\ndef load(folder):\n    return tiny_make(seed=9)\n"
+        "from tests.tiny import tiny_make\nfrom towers.make import Make\n\n\n"
+        "class Mine(Make):\n    @classmethod\n    def load(cls, folder):\n"
+        "        tiny = tiny_make(seed=9)\n"
+        "        mine = cls(tiny.config, tiny.spec.title.tokenizer_json)\n"
+        "        mine.load_state_dict(tiny.state_dict())\n        return mine\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"family": "my_towers:load"}')
-    loaded = load_towers(str(tmp_path))
-    assert loaded.release() == tiny_make(seed=9).release()
+    (tmp_path / "config.json").write_text('{"family": "my_towers:Mine"}')
+    loaded = load_towers(str(tmp_path)).release()
+    parent = tiny_make(seed=9).release()
+    assert loaded.hashes["weights"] == parent.hashes["weights"]
+    assert loaded.hashes["code"] != parent.hashes["code"], "its own file is part of its identity"
+
+
+def test_other_code_is_another_release_and_other_remarks_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    template = "from torch import nn\n\n\nclass Part(nn.Module):\n{}    scale = {}\n"
+    sources = {
+        "part_a": template.format("", 1.0),
+        "part_b": template.format('    """What it is."""\n\n    # why\n', 1.0),
+        "part_c": template.format("", 2.0),
+    }
+    codes = []
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(source)
+        codes.append(hash_of_code(importlib.import_module(name).Part()))
+    assert codes[0] == codes[1] != codes[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,9 +21,9 @@ TOKENIZER_FILE = "tokenizer.json"
 def load_towers(where: str) -> TwoTowers:
     """The towers of a checkpoint folder, in evaluation mode.
 
-    `config.json` says which: `"family": "make"` is ours, `"family": "package.module:function"`
-    is yours (called with the folder, returns a TwoTowers), and a Hugging Face `model_type` of
-    the CLIP family is adapted. A name that is no folder is looked up on the Hugging Face hub.
+    `config.json` says which: `"family": "make"` is ours, `"family": "package.module:Class"` is
+    yours (a TwoTowers; its `load` gets the folder), and a Hugging Face `model_type` of the CLIP
+    family is adapted. A name that is no folder is looked up on the Hugging Face hub.
     Raises CheckpointError.
     """
     folder = Path(where)
@@ -41,17 +40,22 @@ def load_towers(where: str) -> TwoTowers:
     if family in clip.MODELS:
         return clip.load_clip(where)
     if ":" in family:
-        return _plugin(family)(folder).eval()
+        return _plugin(family).load(folder).eval()
     raise CheckpointError(
-        f"{folder}: expected family 'make', 'package.module:function' or a Hugging Face "
+        f"{folder}: expected family 'make', 'package.module:Class' or a Hugging Face "
         f"model_type in {sorted(clip.MODELS)}, got {family!r}"
     )
 
 
 def load_make(folder: Path) -> make.Make:
     """A MAKE checkpoint; every weight must be there, in the shape that the config asks for."""
-    config = make.MakeConfig.from_json(_read(folder / CONFIG_FILE))
-    towers = make.Make(config, _read(folder / TOKENIZER_FILE))
+    tokenizer = _read(folder / TOKENIZER_FILE)
+    try:
+        towers = make.Make(make.MakeConfig.from_json(_read(folder / CONFIG_FILE)), tokenizer)
+    except (TypeError, ValueError, RuntimeError) as exc:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: no model can be made of these values ({exc}); restore it"
+        ) from exc
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -60,7 +64,9 @@ def load_make(folder: Path) -> make.Make:
     try:
         weights = load_file(path)
     except SafetensorError as exc:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({exc})") from exc
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({exc}); copy it again"
+        ) from exc
     wanted = {name: tuple(t.shape) for name, t in towers.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if wanted != found:
@@ -76,12 +82,19 @@ def load_make(folder: Path) -> make.Make:
 
 
 def save_make(towers: make.Make, folder: Path) -> None:
-    """Write the three files; float32, one copy of each weight."""
+    """Write the three files; float32, one copy of each weight.
+
+    The weights come last and whole: who finds them finds a checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / WEIGHTS_FILE
+    path.unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(towers.config.to_json(), "utf-8")
     (folder / TOKENIZER_FILE).write_text(towers.spec.title.tokenizer_json, "utf-8")
     state = {name: tensor.contiguous() for name, tensor in towers.named_state()}
-    save_file(state, folder / WEIGHTS_FILE)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(state, unfinished)
+    unfinished.replace(path)
 
 
 def _read(path: Path) -> str:
@@ -92,10 +105,14 @@ def _read(path: Path) -> str:
     return path.read_text("utf-8")
 
 
-def _plugin(family: str) -> Callable[[Path], TwoTowers]:
-    module, _, function = family.partition(":")
+def _plugin(family: str) -> type[TwoTowers]:
+    module, _, name = family.partition(":")
     try:
-        loader: Callable[[Path], TwoTowers] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as exc:
-        raise CheckpointError(f"family {family!r}: cannot be imported ({exc})") from exc
-    return loader
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise CheckpointError(
+            f"family {family!r}: cannot be imported ({exc}); put its folder on PYTHONPATH"
+        ) from exc
+    if not (isinstance(found, type) and issubclass(found, TwoTowers)):
+        raise CheckpointError(f"family {family!r}: expected a subclass of TwoTowers, got {found}")
+    return found

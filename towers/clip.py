@@ -22,8 +22,7 @@ from transformers.utils import cached_file
 
 from retrieval_contract.errors import CheckpointError
 from retrieval_contract.release import ImageSpec, TextSpec
-from towers.make import unit
-from towers.two_towers import TextSide, TowersSpec, TwoTowers
+from towers.two_towers import TextSide, TowersSpec, TwoTowers, unit
 
 MODELS: dict[str, type[PreTrainedModel]] = {
     "clip": transformers.CLIPModel,

@@ -16,17 +16,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from retrieval_contract.errors import CheckpointError
 from retrieval_contract.release import ImageSpec, TextSpec
 from towers.efficientnet_lite import GRID_CHANNELS, EfficientNetLite0
-from towers.two_towers import TextSide, TowersSpec, TwoTowers
+from towers.two_towers import TextSide, TowersSpec, TwoTowers, unit
 
 FAMILY = "make"
-EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -183,11 +181,6 @@ class Make(TwoTowers):
             tokens, title_mask, unit(title), has_title, grid, unit(grid.mean(1)), has_image
         )
         return self.projection(fused)  # (B, V)
-
-
-def unit(x: Tensor) -> Tensor:
-    """L2 norm over the last axis; a zero row stays zero."""
-    return F.normalize(x, dim=-1, eps=EPS)
 
 
 def spec_from_config(config: MakeConfig, vocabulary: int, tokenizer_json: str) -> TowersSpec:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retrieval_contract.errors import CheckpointError
 from retrieval_contract.release import ImageSpec, Release, TextSpec
+
+LIBRARIES = {"abc", "builtins", "torch", "transformers", "typing"}
+"""Packages whose code is no part of a model's identity; `manifest.json` has their versions."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class TowersSpec:
 
 
 class TwoTowers(nn.Module, ABC):
-    """Subclass this to serve your own model: a spec and two functions.
+    """Subclass this to serve your own model: a spec, `load`, and two functions.
 
     B = batch, Q/T = padded tokens, V = `spec.vector_dim`. Vectors need not be normalised and
     refused rows need no care: the exported graphs see to both. A row's vector must not depend
@@ -47,6 +57,11 @@ class TwoTowers(nn.Module, ABC):
     """
 
     spec: TowersSpec
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The towers of a checkpoint folder whose `config.json` names this class."""
+        raise CheckpointError(f"{cls.__name__}: has no classmethod `load(folder)`; write one")
 
     @abstractmethod
     def encode_query(self, query_ids: Tensor, query_mask: Tensor) -> Tensor:
@@ -79,6 +94,7 @@ class TwoTowers(nn.Module, ABC):
             image=spec.image,
             hashes={
                 "weights": hash_of_weights(self.named_state(), spec.architecture),
+                "code": hash_of_code(self),
                 "query_tokenizer": _sha256(spec.query.tokenizer_json),
                 "title_tokenizer": _sha256(spec.title.tokenizer_json),
             },
@@ -97,6 +113,51 @@ def hash_of_weights(state: Iterable[tuple[str, Tensor]], architecture: str) -> s
         raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().tobytes())
     return digest.hexdigest()
+
+
+def hash_of_code(towers: nn.Module) -> str:
+    """SHA-256 over what the source files of the towers' own classes do, their base classes too.
+
+    The same weights under another formula are another model. Comments, docstrings and layout do
+    not count. Raises CheckpointError for classes without a file.
+    """
+    modules = {base.__module__ for part in towers.modules() for base in type(part).__mro__}
+    digest = hashlib.sha256()
+    for name in sorted(n for n in modules if n.partition(".")[0] not in LIBRARIES):
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except (OSError, TypeError) as exc:
+            raise CheckpointError(
+                f"module {name}: has no source file, and the code is part of a release's "
+                "identity; define the towers in a .py file"
+            ) from exc
+        digest.update(json.dumps(_meaning(ast.parse(source))).encode())
+    return digest.hexdigest()
+
+
+def _meaning(node: object) -> object:
+    """A syntax tree as JSON, without docstrings and empty fields (each Python has others)."""
+    if isinstance(node, list):
+        return [_meaning(item) for item in node if not _is_remark(item)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {
+        name: _meaning(value) for name, value in ast.iter_fields(node) if value not in (None, [])
+    }
+    return [type(node).__name__, fields]
+
+
+def _is_remark(node: object) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2 norm over the last axis; a zero row stays zero."""
+    return F.normalize(x, dim=-1, eps=1e-6)
 
 
 def _sha256(text: str) -> str:

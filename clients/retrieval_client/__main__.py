@@ -11,9 +11,11 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", parents=[shared], help="find products by text")
     search.add_argument("queries", nargs="+", metavar="QUERY")
     search.add_argument("--limit", type=int, default=10)
-    search.add_argument("--image-out", type=Path, help="write the results as a PNG")
+    search.add_argument("--image-out", type=picture_path, help="write the results as a picture")
     search.set_defaults(run=run_search)
 
     status = commands.add_parser("status", parents=[shared], help="server, catalog, do they match")
@@ -84,6 +86,14 @@ def parser() -> argparse.ArgumentParser:
     delete.add_argument("ids", nargs="+", metavar="ID")
     delete.set_defaults(run=run_delete)
     return top
+
+
+def picture_path(text: str) -> Path:
+    """A path whose suffix says a format that can be written."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"expected a .png, .jpg or .webp path, got {text}")
+    return path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps({"error": type(exc).__name__, "detail": str(exc)}))
         console.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
         code = EXIT_ERROR
+    except OSError as exc:  # of files that the caller named: rejects, pictures
+        console.print(f"error: {exc}", style="red", markup=False, soft_wrap=True)
+        code = EXIT_ERROR
     except KeyboardInterrupt:
         console.print("stopped; what was stored stays, run it again to go on")
         code = EXIT_ERROR
@@ -123,6 +136,7 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
         expected = min(expected, args.limit)
     started = time.monotonic()
     with (
+        rejects_file(args.rejects) as rejects,
         Encoder(settings) as encoder,
         Catalog(settings) as catalog,
         Progress(
@@ -138,20 +152,27 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
     ):
         task = bar.add_task("products", total=expected)
 
-        def progress(report: PushReport) -> None:
-            settled = report.stored + report.unchanged + len(report.rejects)
-            bar.update(task, completed=settled)
-
-        report = Push(settings, encoder, catalog, thumbnails=not args.no_thumbnails).run(
-            rows, progress
+        push = Push(settings, encoder, catalog, thumbnails=not args.no_thumbnails)
+        report = push.run(
+            rows,
+            progress=lambda report: bar.update(task, completed=report.settled),
+            on_reject=lambda reject: print(reject.to_json(), file=rejects, flush=True),
         )
         bar.update(task, total=report.read, completed=report.read)
         total = catalog.count()
-    if report.rejects:
-        lines = "".join(reject.to_json() + "\n" for reject in report.rejects)
-        args.rejects.write_text(lines, "utf-8")
     _say_push(args, report, total, time.monotonic() - started)
     return EXIT_REFUSED if report.rejects else 0
+
+
+@contextmanager
+def rejects_file(path: Path) -> Iterator[IO[str]]:
+    """Opened before the first row, so that nothing refused can be lost; gone if nothing was."""
+    with path.open("w", encoding="ascii") as file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink()
 
 
 def _say_push(args: argparse.Namespace, report: PushReport, total: int, elapsed_s: float) -> None:
@@ -197,7 +218,7 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
             else {"query": query, "hits": [_hit_json(hit) for hit in hits]}
             for query, hits in answers
         ]
-        print(json.dumps(said, ensure_ascii=False))
+        print(json.dumps(said))
     else:
         for query, hits in answers:
             if isinstance(hits, ItemError):
@@ -241,7 +262,8 @@ def run_status(args: argparse.Namespace, settings: Settings) -> int:
         except RetrievalError as exc:
             problems.append(str(exc))
         try:
-            found["milvus_version"] = catalog.server_version()
+            if catalog.exists:
+                found["milvus_version"] = catalog.server_version()
             if (info := catalog.info()) is not None:
                 found |= {
                     "collection": info.name,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pymilvus import DataType, MilvusClient
 
+from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import milvus_errors
 from retrieval_contract import models
@@ -36,7 +37,6 @@ from retrieval_contract.tensors import Array
 ID, TITLE, CONTENT_HASH, ATTRIBUTES, THUMBNAIL, VECTOR = models.PRODUCTS.fields
 CONNECT_TIMEOUT_S = 2.0
 """Of the constructor; pymilvus also reconnects with it while a server is away."""
-LOAD_TIMEOUT_S = 60.0
 INFO_TTL_S = 5.0
 """How long a search trusts what the alias pointed to."""
 NORM_TOLERANCE = 1e-3
@@ -78,6 +78,9 @@ class CollectionInfo:
 class Catalog:
     """A connection to one catalog. Connects on first use; every call has a deadline.
 
+    Writing starts with `prepare`, which binds this object to one release's collection: if the
+    alias moves meanwhile, what was encoded for a release still goes to its own collection.
+
     Raises CatalogUnavailable when nobody answers, ReleaseMismatch when the collection holds
     vectors of another release, CatalogError for the rest.
     """
@@ -89,6 +92,7 @@ class Catalog:
         self.write_timeout_s = settings.push_timeout_s
         self._token = settings.milvus_token
         self._info: tuple[float, CollectionInfo] | None = None
+        self._bound: CollectionInfo | None = None
 
     def __enter__(self) -> Catalog:
         return self
@@ -107,8 +111,6 @@ class Catalog:
     @cached_property
     def _client(self) -> MilvusClient:
         lite = self.uri.endswith(".db")
-        if lite:
-            Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
         with milvus_errors(self.uri, "connect"):
             try:
                 return MilvusClient(self.uri, token=self._token, timeout=CONNECT_TIMEOUT_S)
@@ -127,31 +129,38 @@ class Catalog:
             version: str = self._client.get_server_version(timeout=self.timeout_s)
             return version
 
-    def info(self, *, max_age_s: float = 0.0) -> CollectionInfo | None:
+    @property
+    def exists(self) -> bool:
+        """False where a Milvus Lite store is not there yet: only `prepare` makes one."""
+        return not self.uri.endswith(".db") or Path(self.uri).exists()
+
+    def info(
+        self, *, max_age_s: float = 0.0, deadline: Deadline | None = None
+    ) -> CollectionInfo | None:
         """The collection behind the alias; None when there is none yet."""
         if self._info and time.monotonic() - self._info[0] < max_age_s:
             return self._info[1]
+        self._info = None
+        if not self.exists:
+            return None
+        deadline = deadline or Deadline(self.write_timeout_s)
         with milvus_errors(self.uri, f"describe {self.alias}"):
-            if not self._client.has_collection(self.alias, timeout=self.timeout_s):
-                self._info = None
+            if not self._client.has_collection(self.alias, timeout=deadline.left_s):
                 return None
-            found = self._client.describe_collection(self.alias, timeout=self.timeout_s)
+            found = self._client.describe_collection(self.alias, timeout=deadline.left_s)
         release_id = found.get("properties", {}).get(RELEASE_PARAMETER, "")
         info = CollectionInfo(found["collection_name"], release_id, self._vector_dim(found))
         # An open store has loaded nothing; searching it then is error 101.
         with milvus_errors(self.uri, f"load {info.name}"):
-            self._client.load_collection(info.name, timeout=LOAD_TIMEOUT_S)
+            self._client.load_collection(info.name, timeout=deadline.left_s)
         self._info = (time.monotonic(), info)
         return info
 
-    def check(self, release_id: str, vector_dim: int) -> CollectionInfo:
+    def check(
+        self, release_id: str, vector_dim: int, deadline: Deadline | None = None
+    ) -> CollectionInfo:
         """The collection to search; ReleaseMismatch unless it is of this release and size."""
-        info = self.info(max_age_s=INFO_TTL_S)
-        if info is None:
-            raise CatalogError(
-                f"Milvus at {self.uri}: no collection '{self.alias}' there; fill it with "
-                "`retrieval push SOURCE`"
-            )
+        info = self._current(deadline)
         if info.release_id != release_id or info.vector_dim != vector_dim:
             raise ReleaseMismatch(
                 f"Milvus at {self.uri}, {info.name}: holds vectors of release "
@@ -165,7 +174,8 @@ class Catalog:
         """The collection to push into, made if there is none. Otherwise as `check`."""
         if self.info() is None:
             self._create(release_id, vector_dim)
-        return self.check(release_id, vector_dim)
+        self._bound = self.check(release_id, vector_dim)
+        return self._bound
 
     def stored_hashes(self, ids: Sequence[str]) -> dict[str, str]:
         """Content hashes of those of the ids that are stored."""
@@ -174,10 +184,12 @@ class Catalog:
 
     def upsert(self, rows: Sequence[ProductRow]) -> None:
         """Store rows, replacing those of equal id. Ids within one call must differ."""
+        if self._bound is None:
+            raise CatalogError("upsert: call `prepare` first, with the release of the vectors")
         if not rows:
             return
-        dim = self._known().vector_dim
-        check_vectors([row.id for row in rows], np.stack([row.vector for row in rows]), dim)
+        vectors = np.stack([row.vector for row in rows])
+        check_vectors([row.id for row in rows], vectors, self._bound.vector_dim)
         stored = [
             {
                 ID.name: row.id,
@@ -190,12 +202,12 @@ class Catalog:
             for row in rows
         ]
         with milvus_errors(self.uri, f"upsert {len(rows)} rows"):
-            self._client.upsert(self._known().name, stored, timeout=self.write_timeout_s)
+            self._client.upsert(self._bound.name, stored, timeout=self.write_timeout_s)
 
     def flush(self) -> None:
         """Seal what was written: on Lite it becomes durable and searches become fast."""
         with milvus_errors(self.uri, "flush"):
-            self._client.flush(self._known().name, timeout=self.write_timeout_s)
+            self._client.flush(self._target().name, timeout=self.write_timeout_s)
         self.info()
 
     def search(
@@ -203,13 +215,18 @@ class Catalog:
         vectors: Array,
         *,
         limit: int = 10,
-        timeout_s: float | None = None,
         thumbnails: bool = False,
+        collection: CollectionInfo | None = None,
+        deadline: Deadline | None = None,
     ) -> list[list[Hit]]:
-        """The `limit` nearest products of each vector, float32 (queries, vector_dim)."""
+        """The `limit` nearest products of each vector, float32 (queries, vector_dim).
+
+        `collection` is what `check` returned; without it, the one behind the alias now.
+        """
         if not 1 <= limit <= MAX_RESULTS:
             raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {limit}")
-        info = self._known()
+        deadline = deadline or Deadline(self.timeout_s)
+        info = collection or self._current(deadline)
         fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * thumbnails
         with milvus_errors(self.uri, f"search {info.name}"):
             found = self._client.search(
@@ -219,7 +236,7 @@ class Catalog:
                 limit=limit,
                 output_fields=fields,
                 consistency_level="Bounded",
-                timeout=timeout_s or self.timeout_s,
+                timeout=deadline.left_s,
             )
         return [[hit_from_milvus(hit) for hit in hits] for hits in found]
 
@@ -229,7 +246,7 @@ class Catalog:
         if there:
             with milvus_errors(self.uri, f"delete {len(there)} rows"):
                 self._client.delete(
-                    self._known().name, filter=id_filter(there), timeout=self.write_timeout_s
+                    self._target().name, filter=id_filter(there), timeout=self.write_timeout_s
                 )
         return there
 
@@ -239,7 +256,7 @@ class Catalog:
         return int(row["count(*)"])
 
     def _query(self, condition: str, fields: list[str]) -> list[dict[str, Any]]:
-        info = self._known()
+        info = self._target()
         with milvus_errors(self.uri, f"query {info.name}"):
             return list(
                 self._client.query(
@@ -251,14 +268,23 @@ class Catalog:
                 )
             )
 
-    def _known(self) -> CollectionInfo:
-        info = self.info(max_age_s=INFO_TTL_S)
+    def _target(self) -> CollectionInfo:
+        """What this object was prepared for, else the collection behind the alias."""
+        return self._bound or self._current()
+
+    def _current(self, deadline: Deadline | None = None) -> CollectionInfo:
+        info = self.info(max_age_s=INFO_TTL_S, deadline=deadline)
         if info is None:
-            raise CatalogError(f"Milvus at {self.uri}: no collection '{self.alias}' there")
+            raise CatalogError(
+                f"Milvus at {self.uri}: no collection '{self.alias}' there; fill it with "
+                "`retrieval push SOURCE`"
+            )
         return info
 
     def _create(self, release_id: str, vector_dim: int) -> None:
-        name = models.PRODUCTS.name(release_id).replace(models.PRODUCTS.alias, self.alias, 1)
+        if self.uri.endswith(".db"):
+            Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
+        name = models.PRODUCTS.name(release_id, self.alias)
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         for declared in models.PRODUCTS.fields:
             schema.add_field(
@@ -274,10 +300,12 @@ class Catalog:
                 self._client.create_collection(
                     name,
                     schema=schema,
-                    index_params=index,
                     timeout=self.write_timeout_s,
                     properties={RELEASE_PARAMETER: release_id},
                 )
+            # Each step is asked for by itself: an earlier `prepare` may have died between them.
+            if not self._client.list_indexes(name, timeout=self.timeout_s):
+                self._client.create_index(name, index, timeout=self.write_timeout_s)
             self._client.create_alias(name, self.alias, timeout=self.timeout_s)
 
     def _vector_dim(self, description: Mapping[str, Any]) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
@@ -28,10 +28,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 20_000),
 )
-MIN_TIMEOUT_S = 1e-3
-"""A spent deadline is sent as this: gRPC then says DEADLINE_EXCEEDED itself."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,10 @@ class Encoder:
     that came back with another release refuses them instead of answering.
     """
 
-    def __init__(
-        self, settings: Settings, *, channel: Callable[..., grpc.Channel] = grpc.insecure_channel
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.address = settings.triton
         self.timeout_s = settings.timeout_s
-        self._channel = channel(self.address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._served: Served | None = None
 
@@ -87,7 +82,7 @@ class Encoder:
         """Close the connection."""
         self._channel.close()
 
-    def served(self) -> Served:
+    def served(self, deadline: Deadline | None = None) -> Served:
         """The handshake, or what it found while the connection has lasted.
 
         Raises ReleaseMismatch when the two ensembles are of different releases, ContractError
@@ -96,7 +91,8 @@ class Encoder:
         # Held in a local: a lost connection may clear the field at any moment.
         served = self._served
         if served is None:
-            described = [self._describe(ensemble) for ensemble in models.ENSEMBLES]
+            deadline = deadline or Deadline(self.timeout_s)
+            described = [self._describe(ensemble, deadline) for ensemble in models.ENSEMBLES]
             if described[0] != described[1]:
                 raise ReleaseMismatch(
                     f"Triton at {self.address}: its ensembles disagree, {described}; serve one "
@@ -107,7 +103,8 @@ class Encoder:
 
     def server_version(self) -> str:
         """Such as "triton 2.51.0"."""
-        reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata")
+        deadline = Deadline(self.timeout_s)
+        reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata", deadline)
         return f"{reply.name} {reply.version}"
 
     def encode_queries(self, queries: Sequence[str], *, timeout_s: float | None = None) -> Encoded:
@@ -137,13 +134,17 @@ class Encoder:
         columns: Mapping[str, Sequence[bytes]],
         timeout_s: float | None,
     ) -> Encoded:
+        deadline = Deadline(timeout_s or self.timeout_s)
         known = self._served
         try:
-            return self._encode_as(known or self.served(), ensemble, output, columns, timeout_s)
+            return self._encode_as(
+                known or self.served(deadline), ensemble, output, columns, deadline
+            )
         except ServerUnavailable:
-            if known is None or self.served() == known:
+            # A server that came back with another release refuses the old version by number.
+            if known is None or (now := self.served(deadline)) == known:
                 raise
-            return self._encode_as(self.served(), ensemble, output, columns, timeout_s)
+            return self._encode_as(now, ensemble, output, columns, deadline)
 
     def _encode_as(
         self,
@@ -151,9 +152,8 @@ class Encoder:
         ensemble: Ensemble,
         output: str,
         columns: Mapping[str, Sequence[bytes]],
-        timeout_s: float | None,
+        deadline: Deadline,
     ) -> Encoded:
-        deadline = time.monotonic() + (timeout_s or self.timeout_s)
         dims = {t.name: t.dims({"vector_dim": served.vector_dim}) for t in ensemble.outputs}
         count = len(next(iter(columns.values())))
         parts = [np.empty((0, served.vector_dim), np.float32)]
@@ -162,8 +162,7 @@ class Encoder:
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
             request = request_from_rows(ensemble, part)
             request.model_version = str(version_of(served.release_id))
-            left_s = max(deadline - time.monotonic(), MIN_TIMEOUT_S)
-            reply = self._call("ModelInfer", request, ensemble.name, left_s)
+            reply = self._call("ModelInfer", request, ensemble.name, deadline)
             rows = len(next(iter(part.values())))
             arrays = arrays_from_reply(ensemble, reply, rows, dims)
             parts.append(arrays[output])
@@ -173,10 +172,10 @@ class Encoder:
             ]
         return Encoded(np.concatenate(parts), errors, served)
 
-    def _describe(self, ensemble: Ensemble) -> Served:
+    def _describe(self, ensemble: Ensemble, deadline: Deadline) -> Served:
         """Compare one ensemble's config with the contract; its release and vector size."""
         request = pb.ModelConfigRequest(name=ensemble.name)
-        config = self._call("ModelConfig", request, ensemble.name).config
+        config = self._call("ModelConfig", request, ensemble.name, deadline).config
         release_id = config.parameters[RELEASE_PARAMETER].string_value
         vector = config.output[0].dims[0] if config.output and config.output[0].dims else 0
         sizes = {"vector_dim": vector}
@@ -195,11 +194,11 @@ class Encoder:
             )
         return Served(release_id, vector)
 
-    def _call(self, method: str, request: Any, what: str, timeout_s: float | None = None) -> Any:
+    def _call(self, method: str, request: Any, what: str, deadline: Deadline) -> Any:
         try:
             with triton_errors(self.address, what):
-                return getattr(self._stub, method)(request, timeout=timeout_s or self.timeout_s)
-        except Exception:
+                return getattr(self._stub, method)(request, timeout=deadline.left_s)
+        except ServerUnavailable:
             self._served = None  # whoever answers next may be another release
             raise
 

@@ -6,12 +6,13 @@ import hashlib
 import io
 import json
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Any, TypeVar
 
 from retrieval_client.catalog import TITLE, Catalog, ProductRow, check_id
@@ -34,6 +35,8 @@ REQUESTS_IN_FLIGHT = 4
 """Enough to keep decoding and tower busy at once; more only queues."""
 WRITE_ROWS = 1024
 LOOK_UP_ROWS = 512
+BATCH_BYTES = 16_000_000
+"""A look-up, a request or a write also ends here: a row may weigh megabytes."""
 THUMBNAIL_PX = (120, 160)
 MAX_ATTRIBUTE_BYTES = 60_000
 MAX_TITLE_CHARS = 4000
@@ -57,8 +60,8 @@ class Reject:
         return cls(product_id, error.reason, error.detail)
 
     def to_json(self) -> str:
-        """One line of a rejects file."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """One line of a rejects file, in ASCII: an id may hold what no encoding takes."""
+        return json.dumps(asdict(self))
 
 
 @dataclass
@@ -66,9 +69,15 @@ class PushReport:
     """What a push did; counts are rows."""
 
     read: int = 0
+    encoded: int = 0
     stored: int = 0
     unchanged: int = 0
     rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def settled(self) -> int:
+        """Rows of which is known what becomes of them."""
+        return self.encoded + self.unchanged + len(self.rejects)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,11 @@ class Candidate:
     image: bytes
     attributes: dict[str, Any]
     content_hash: str
+
+    @property
+    def weight(self) -> int:
+        """Bytes that matter."""
+        return len(self.image) + len(self.title)
 
 
 class Push:
@@ -93,17 +107,21 @@ class Push:
         self.report = PushReport()
         self._seen: set[bytes] = set()
         self._ready: list[ProductRow] = []
+        self._weight = 0
+        self._stopped = threading.Event()
 
     def run(
         self,
         rows: Iterable[SourceRow],
         progress: Callable[[PushReport], None] = lambda report: None,
+        on_reject: Callable[[Reject], None] = lambda reject: None,
     ) -> PushReport:
-        """Store every good row; calls `progress` as rows are settled.
+        """Store every good row; calls `progress` as rows are settled, `on_reject` for each bad one.
 
         Pushing the same source twice stores nothing the second time. Waits `retry_s` for a
         server that is away; what was stored before an error stays, and a further run goes on.
         """
+        self._on_reject = on_reject
         served = self.encoder.served()
         self.catalog.prepare(served.release_id, served.vector_dim)
         waiting: deque[Future[tuple[list[Candidate], Encoded, list[bytes]]]] = deque()
@@ -117,9 +135,13 @@ class Push:
                 while waiting:
                     self._settle(waiting.popleft())
                     progress(self.report)
-            finally:
+            except BaseException:
+                # Ctrl-C and errors must not wait for calls that are being repeated. What was
+                # encoded is stored by the next run.
+                self._stopped.set()
                 for future in waiting:
                     future.cancel()
+                raise
         self._write()
         if self.report.stored:
             self._patiently(self.catalog.flush)
@@ -128,21 +150,17 @@ class Push:
 
     def _requests(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[list[Candidate]]:
         """Checked rows whose stored hash differs, in requests."""
-        pending: list[Candidate] = []
-        for chunk in batched(rows, LOOK_UP_ROWS):
-            candidates = list(self._checked(chunk, release_id))
-            stored = self._stored([c.id for c in candidates])
-            changed = [c for c in candidates if stored.get(c.id) != c.content_hash]
-            self.report.unchanged += len(candidates) - len(changed)
-            pending += changed
-            while len(pending) >= REQUEST_ROWS:
-                yield pending[:REQUEST_ROWS]
-                del pending[:REQUEST_ROWS]
-        if pending:
-            yield pending
+        return batched(self._changed(rows, release_id), REQUEST_ROWS)
 
-    def _stored(self, ids: list[str]) -> dict[str, str]:
-        return self._patiently(lambda: self.catalog.stored_hashes(ids)) if ids else {}
+    def _changed(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[Candidate]:
+        for candidates in batched(self._checked(rows, release_id), LOOK_UP_ROWS):
+            ids = [candidate.id for candidate in candidates]
+            stored = self._patiently(partial(self.catalog.stored_hashes, ids))
+            for candidate in candidates:
+                if stored.get(candidate.id) == candidate.content_hash:
+                    self.report.unchanged += 1
+                else:
+                    yield candidate
 
     def _checked(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[Candidate]:
         for row in rows:
@@ -150,7 +168,12 @@ class Push:
             try:
                 yield candidate_from_row(row, release_id, self.thumbnails, self._seen)
             except ItemError as exc:
-                self.report.rejects.append(Reject.of(row.id, exc))
+                self._reject(row.name, exc)
+
+    def _reject(self, name: str, error: ItemError) -> None:
+        reject = Reject.of(name, error)
+        self.report.rejects.append(reject)
+        self._on_reject(reject)
 
     def _encode(
         self, rows: list[Candidate], release_id: str
@@ -175,8 +198,9 @@ class Push:
         rows, encoded, pictures = done.result()
         for i, row in enumerate(rows):
             if (error := encoded.errors[i]) is not None:
-                self.report.rejects.append(Reject.of(row.id, error))
+                self._reject(row.id, error)
                 continue
+            self.report.encoded += 1
             self._ready.append(
                 ProductRow(
                     row.id,
@@ -187,13 +211,14 @@ class Push:
                     pictures[i],
                 )
             )
-        if len(self._ready) >= WRITE_ROWS:
+            self._weight += len(pictures[i]) + len(row.title) + len(json.dumps(row.attributes))
+        if len(self._ready) >= WRITE_ROWS or self._weight >= BATCH_BYTES:
             self._write()
 
     def _write(self) -> None:
         self._patiently(lambda: self.catalog.upsert(self._ready))
         self.report.stored += len(self._ready)
-        self._ready = []
+        self._ready, self._weight = [], 0
 
     def _patiently(self, call: Callable[[], T]) -> T:
         """Repeat a call while its server is away, at growing, random intervals, for `retry_s`.
@@ -208,7 +233,8 @@ class Push:
             except AWAY:
                 if time.monotonic() + pause > end:
                     raise
-                time.sleep(pause * random.uniform(0.5, 1.0))
+                if self._stopped.wait(pause * random.uniform(0.5, 1.0)):
+                    raise
                 pause = min(pause * 2, 5.0)
 
 
@@ -216,16 +242,9 @@ def candidate_from_row(
     row: SourceRow, release_id: str, thumbnails: bool, seen: set[bytes]
 ) -> Candidate:
     """Check one row and hash it; raises ItemError. `seen` collects digests of ids."""
-    check_id(row.id)
-    digest = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
-    if digest in seen:
-        raise ItemError(
-            Reason.DUPLICATE_ID,
-            "an earlier row of this source has this id; it was taken, this one not",
-        )
-    seen.add(digest)
     if row.problem is not None:
         raise row.problem
+    check_id(row.id)
     title = text_from_bytes(row.title, MAX_TITLE_CHARS)
     if len(title.encode()) > TITLE.max_bytes:
         raise ItemError(Reason.TOO_LONG, "the title has more bytes than the catalog holds")
@@ -236,6 +255,11 @@ def candidate_from_row(
     for part in (release_id, title, attributes, str(thumbnails)):
         content.update(hashlib.sha256(part.encode()).digest())
     content.update(row.image)
+    digest = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
+    if digest in seen:  # asked last: a row that is refused for itself takes no id away
+        detail = "an earlier row of this source has this id; give each product its own"
+        raise ItemError(Reason.DUPLICATE_ID, detail)
+    seen.add(digest)
     return Candidate(row.id, title, row.image, row.attributes, content.hexdigest())
 
 
@@ -243,7 +267,7 @@ def _json_of(attributes: dict[str, Any]) -> str:
     try:
         text = json.dumps(attributes, sort_keys=True, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         raise ItemError(Reason.BAD_ATTRIBUTES, f"expected JSON values ({exc})") from exc
     if size > MAX_ATTRIBUTE_BYTES:
         raise ItemError(
@@ -262,8 +286,15 @@ def thumbnail(image: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of `size`, the last one shorter."""
-    source = iter(items)
-    while chunk := list(islice(source, size)):
-        yield chunk
+def batched(items: Iterable[Candidate], size: int) -> Iterator[list[Candidate]]:
+    """Consecutive lists that end at `size` items or BATCH_BYTES, whichever comes first."""
+    batch: list[Candidate] = []
+    weight = 0
+    for item in items:
+        batch.append(item)
+        weight += item.weight
+        if len(batch) >= size or weight >= BATCH_BYTES:
+            yield batch
+            batch, weight = [], 0
+    if batch:
+        yield batch

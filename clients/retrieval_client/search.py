@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from types import TracebackType
 
 from retrieval_client.catalog import Catalog, Hit
+from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_contract.errors import DeadlineExceeded, ItemError
@@ -55,18 +55,22 @@ class ProductSearch:
         thumbnails: bool = False,
     ) -> list[list[Hit] | ItemError]:
         """One result list a query, encoded and searched together; a bad query gets its error."""
-        budget_s = timeout_s or self.settings.timeout_s
-        deadline = time.monotonic() + budget_s
-        encoded = self.encoder.encode_queries(queries, timeout_s=budget_s)
-        self.catalog.check(encoded.served.release_id, encoded.served.vector_dim)
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise DeadlineExceeded(f"search: encoding took the whole deadline of {budget_s} s")
+        deadline = Deadline(timeout_s or self.settings.timeout_s)
+        encoded = self.encoder.encode_queries(queries, timeout_s=deadline.left_s)
+        collection = self.catalog.check(
+            encoded.served.release_id, encoded.served.vector_dim, deadline
+        )
+        if deadline.passed:
+            raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
         if good:
             hits = self.catalog.search(
-                encoded.vectors[good], limit=limit, timeout_s=left_s, thumbnails=thumbnails
+                encoded.vectors[good],
+                limit=limit,
+                thumbnails=thumbnails,
+                collection=collection,
+                deadline=deadline,
             )
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row

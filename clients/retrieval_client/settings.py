@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -54,3 +55,8 @@ class Settings:
                     f"{PREFIX}{name.upper()}: expected a {kind.__name__}, got {value!r}"
                 ) from exc
         return replace(self, **known)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise RetrievalError(f"{name}: expected seconds above 0, got {value}")

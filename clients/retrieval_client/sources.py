@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from retrieval_contract.errors import ItemError, Reason, SourceError
+from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-READ_ROWS = 256
+READ_ROWS = 64
 """Rows held at once while reading Parquet; a row may carry a photo of megabytes."""
 csv.field_size_limit(2**27)
+
+Record = Mapping[str, Any]
+Read = Record | ItemError
+"""A record, or why it could not be read."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,36 @@ class Columns:
     id: tuple[str, ...] = ("id", "product_id", "sku", "asin")
     title: tuple[str, ...] = ("title", "name", "product_title")
     image: tuple[str, ...] = ("image", "jpeg", "photo", "image_path", "image_file")
+    insisted: frozenset[str] = frozenset()
+    """Roles whose column the caller named: it must be there."""
 
     def given(self, **names: str | None) -> Columns:
         """The same with the names that a caller insists on."""
-        return replace(self, **{role: (name,) for role, name in names.items() if name})
+        named = {role: (name,) for role, name in names.items() if name}
+        return replace(self, **named, insisted=frozenset(named))
+
+    def find(self, there: Sequence[str]) -> dict[str, str]:
+        """Role → column, of those that are there."""
+        found = {}
+        for role in ("id", "title", "image"):
+            column = next((name for name in getattr(self, role) if name in there), None)
+            if column is not None:
+                found[role] = column
+        return found
+
+    def find_in_header(self, path: Path, header: Sequence[str]) -> dict[str, str]:
+        """As `find`; SourceError when a file with this header cannot be a catalog."""
+        found = self.find(header)
+        missing = {"id", *self.insisted} - set(found)
+        if not {"title", "image"} & set(found):
+            missing |= {"title"}
+        if missing:
+            role = min(missing)
+            raise SourceError(
+                f"{path}: expected a column for the {role} ({', '.join(getattr(self, role))}), "
+                f"got {sorted(header)}; name it with --{role}-column"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,12 @@ class SourceRow:
     image: bytes = b""
     attributes: dict[str, Any] = field(default_factory=dict)
     problem: ItemError | None = None
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """The id, or which row it was."""
+        return self.id or f"row {self.number}"
 
 
 @dataclass(frozen=True)
@@ -69,53 +106,94 @@ class Source:
             )
         if path.is_dir():
             if (path / "products.parquet").is_file():
-                return self._tabular(_data_folder(path), path)
+                return self._data_folder()
             return _image_folder(path)
-        readers = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines}
+        readers = {".parquet": self._parquet, ".csv": self._csv, ".jsonl": self._json_lines}
         if path.suffix not in readers:
             raise SourceError(
                 f"{path}: expected {', '.join(readers)} or a folder, got "
                 f"'{path.suffix}'; convert it"
             )
-        return self._tabular(readers[path.suffix](path), path.parent)
+        return readers[path.suffix]()
 
-    def _tabular(self, records: Iterator[Mapping[str, Any]], folder: Path) -> Iterator[SourceRow]:
-        for number, record in enumerate(records, start=1):
-            if (problem := record.get(PROBLEM)) is not None:
-                yield SourceRow(f"row {number}", problem=problem)
-                continue
-            yield self._row(record, number, folder)
+    def _parquet(self) -> Iterator[SourceRow]:
+        header, records = _read_parquet(self.path)
+        columns = self.columns.find_in_header(self.path, header)
+        return _rows(records, columns, self.path.parent)
 
-    def _row(self, record: Mapping[str, Any], number: int, folder: Path) -> SourceRow:
-        names = {
-            role: next((c for c in wanted if c in record), None)
-            for role, wanted in self.columns.__dict__.items()
-        }
-        if names["id"] is None:
+    def _data_folder(self) -> Iterator[SourceRow]:
+        """`products.parquet`, with the pictures of `images.parquet` (same rows, same order)."""
+        products, images = self.path / "products.parquet", self.path / "images.parquet"
+        header, records = _read_parquet(products)
+        if images.is_file():
+            more, pictures = _read_parquet(images)
+            records = self._paired(header, records, more, pictures)
+            header = [*header, *more]
+        return _rows(records, self.columns.find_in_header(products, header), self.path)
+
+    def _paired(
+        self,
+        header: list[str],
+        records: Iterator[Record],
+        more: list[str],
+        pictures: Iterator[Record],
+    ) -> Iterator[Record]:
+        ours, theirs = (self.columns.find(names).get("id") for names in (header, more))
+        if not ours or not theirs:
             raise SourceError(
-                f"{self.path}: expected an id column ({', '.join(self.columns.id)}), "
-                f"got {sorted(record)}; name it with --id-column"
+                f"{self.path}: expected an id column ({', '.join(self.columns.id)}) in "
+                f"products.parquet and images.parquet, got {header} and {more}"
             )
-        if names["title"] is None and names["image"] is None:
-            raise SourceError(
-                f"{self.path}: expected a title or image column, got {sorted(record)}; name them "
-                "with --title-column and --image-column"
-            )
-        raw_id = record[names["id"]]
-        product_id = "" if raw_id is None else str(raw_id)
         try:
-            return SourceRow(
-                product_id,
-                _text_bytes(record.get(names["title"] or "")),
-                _image_bytes(record.get(names["image"] or ""), folder),
-                _attributes(record, set(names.values())),
-            )
-        except ItemError as exc:
-            return SourceRow(product_id or f"row {number}", problem=exc)
+            for number, (one, other) in enumerate(zip(records, pictures, strict=True), start=1):
+                if one[ours] != other[theirs]:
+                    raise SourceError(
+                        f"{self.path}: row {number} is {one[ours]!r} in products.parquet and "
+                        f"{other[theirs]!r} in images.parquet; write both in one order"
+                    )
+                yield {**other, **one}
+        except ValueError as exc:
+            raise SourceError(
+                f"{self.path}: products.parquet and images.parquet differ in length; write both "
+                "from the same rows"
+            ) from exc
+
+    def _csv(self) -> Iterator[SourceRow]:
+        # Bytes that are not UTF-8 survive as surrogates, so that their row alone is refused.
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = self.columns.find_in_header(self.path, reader.fieldnames or [])
+            yield from _rows(_whole(reader), columns, self.path.parent)
+
+    def _json_lines(self) -> Iterator[SourceRow]:
+        """Lines have no header: each is read by the columns that it has."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    record = _json_object(line)
+                    there = () if isinstance(record, ItemError) else tuple(record)
+                    columns = self.columns.find(there)
+                    yield _row(record, columns, number, self.path.parent)
 
 
-PROBLEM = "\0problem"
-"""Key of a record that could not be read; no file can hold a column of this name."""
+def _whole(reader: csv.DictReader[str]) -> Iterator[Read]:
+    """CSV records; surplus values, which DictReader puts under None, are a problem."""
+    for record in reader:
+        if None in record:
+            detail = "more values than the header has columns; quote commas"
+            yield ItemError(Reason.BAD_ATTRIBUTES, detail)
+        else:
+            yield record
+
+
+def _json_object(line: bytes) -> Read:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        return ItemError(Reason.BAD_ATTRIBUTES, f"not a JSON line ({exc})")
+    if isinstance(record, dict):
+        return record
+    return ItemError(Reason.BAD_ATTRIBUTES, "expected a JSON object on the line")
 
 
 def _open_parquet(path: Path) -> Any:
@@ -125,113 +203,111 @@ def _open_parquet(path: Path) -> Any:
         raise SourceError(f"{path}: not a readable Parquet file ({exc})") from exc
 
 
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    for batch in _open_parquet(path).iter_batches(READ_ROWS):
-        yield from batch.to_pylist()
+def _read_parquet(path: Path) -> tuple[list[str], Iterator[Record]]:
+    """Column names, and the records."""
+    file = _open_parquet(path)
+    batches = file.iter_batches(READ_ROWS)
+    return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
 
 
-def _data_folder(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """`products.parquet`, with the pictures of `images.parquet` (same rows, same order) if any."""
-    images = folder / "images.parquet"
-    if not images.is_file():
-        yield from _parquet(folder / "products.parquet")
-        return
-    pairs = zip(_parquet(folder / "products.parquet"), _parquet(images), strict=True)
+def _rows(records: Iterator[Read], columns: Mapping[str, str], folder: Path) -> Iterator[SourceRow]:
+    for number, record in enumerate(records, start=1):
+        yield _row(record, columns, number, folder)
+
+
+def _row(record: Read, columns: Mapping[str, str], number: int, folder: Path) -> SourceRow:
+    """One record → one row; whatever is wrong with it becomes its `problem`."""
+    product_id = ""
     try:
-        for number, (product, image) in enumerate(pairs, start=1):
-            if product.get("id") != image.get("id"):
-                raise SourceError(
-                    f"{folder}: row {number} is {product.get('id')!r} in products.parquet and "
-                    f"{image.get('id')!r} in images.parquet; write both in one order"
-                )
-            yield {**image, **product}
-    except ValueError as exc:
-        raise SourceError(
-            f"{folder}: products.parquet and images.parquet differ in length "
-            "; write both from the same rows"
-        ) from exc
-
-
-def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    # Bytes that are not UTF-8 survive as surrogates, so that their row alone is refused.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for record in csv.DictReader(file):
-            if None in record:  # where DictReader puts surplus values
-                problem = "more values than the header has columns; quote commas"
-                yield {PROBLEM: ItemError(Reason.BAD_ATTRIBUTES, problem)}
-            else:
-                yield record
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open("rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as exc:
-                yield {PROBLEM: ItemError(Reason.BAD_ATTRIBUTES, f"not a JSON line ({exc})")}
-                continue
-            yield (
-                record
-                if isinstance(record, dict)
-                else {
-                    PROBLEM: ItemError(Reason.BAD_ATTRIBUTES, "expected a JSON object on the line")
-                }
-            )
+        if isinstance(record, ItemError):
+            raise record
+        product_id = _id(record.get(columns.get("id", "")))
+        return SourceRow(
+            product_id,
+            _text_bytes(record.get(columns.get("title", ""))),
+            _image_bytes(record.get(columns.get("image", "")), folder),
+            _attributes(record, set(columns.values())),
+            number=number,
+        )
+    except ItemError as exc:
+        return SourceRow(product_id, problem=exc, number=number)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _image_folder(folder: Path) -> Iterator[SourceRow]:
     """Every picture below `folder`, by its path as id; titles are missing."""
-    empty = True
-    for path in _image_files(folder):
-        empty = False
-        yield SourceRow(path.relative_to(folder).as_posix(), image=path.read_bytes())
-    if empty:
+    number = 0
+    for number, path in enumerate(_image_files(folder), start=1):
+        name = path.relative_to(folder).as_posix()
+        yield _row({"id": name, "image": name}, {"id": "id", "image": "image"}, number, folder)
+    if not number:
         raise SourceError(
             f"{folder}: expected products.parquet or images "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}), found neither"
         )
 
 
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _id(value: Any) -> str:
+    """An id cell as text; "" where there is none."""
+    if _is_missing(value):
+        return ""
+    raw = _text_bytes(value)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        shown = raw.decode("utf-8", "backslashreplace")
+        raise ItemError(Reason.BAD_ID, f"expected UTF-8, got {shown}; convert it") from exc
+
+
 def _text_bytes(value: Any) -> bytes:
     """A title cell as bytes; surrogates go back to the bytes that they stood for."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return b""
-    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
+    if isinstance(value, bytes):
+        return value
+    try:
+        return str(value).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # JSON's "\ud800": not what an escape stands for, so not UTF-8
+        return str(value).encode("utf-8", "surrogatepass")
 
 
 def _image_bytes(value: Any, folder: Path) -> bytes:
     """An image cell: bytes, {"bytes": …} as the datasets library writes, or a path."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
+    if _is_missing(value):
         return b""
     if isinstance(value, bytes):
         return value
     path = folder / str(value)
     try:
+        if not path.is_file():  # also keeps pipes and devices from being read
+            raise FileNotFoundError
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+            detail = f"expected at most {MAX_IMAGE_BYTES} bytes, got {size}; shrink it"
+            raise ItemError(Reason.IMAGE_TOO_LARGE, detail)
         return path.read_bytes()
     except (OSError, ValueError) as exc:
         raise ItemError(
             Reason.IMAGE_MISSING_FILE,
-            f"{path}: cannot be read ({exc.__class__.__name__}); correct the path or "
+            f"{path}: no file that can be read ({exc.__class__.__name__}); correct the path or "
             "leave the cell empty",
         ) from exc
 
 
-def _attributes(record: Mapping[str, Any], taken: set[str | None]) -> dict[str, Any]:
+def _attributes(record: Record, taken: set[str]) -> dict[str, Any]:
     """The other columns as JSON values; bytes and empty cells are left out."""
     kept: dict[str, Any] = {}
     for name, value in record.items():
-        if name in taken or value is None or value == "" or isinstance(value, bytes):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
+        if name in taken or isinstance(value, bytes) or _is_missing(value):
             continue
         plain = isinstance(value, str | int | float | bool | list | dict)
         kept[name] = value if plain else str(value)

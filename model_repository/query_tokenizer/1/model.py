@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from retrieval_contract.models import TOKENIZER_FILE
 from retrieval_contract.preprocess import TextPreprocessor
 from retrieval_contract.serving import (
-    TOKENIZER_FILE,
     execute_merged,
     strings,
     text_spec,

@@ -1,0 +1,26 @@
+"""One deadline over several calls."""
+
+from __future__ import annotations
+
+import time
+
+SMALLEST_S = 1e-3
+"""A spent deadline is passed on as this: the next call then fails by itself, at once."""
+
+
+class Deadline:
+    """Seconds from now; `left_s` is what a call may still take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, never less than SMALLEST_S."""
+        return max(self._end - time.monotonic(), SMALLEST_S)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is left."""
+        return time.monotonic() >= self._end
