@@ -176,7 +176,7 @@ def triton(
     with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
-        repository = (release_folder / "model_repository").resolve()
+        repository = _linked(release_folder / "model_repository", Path(scratch))
         process = _start(
             wheel, command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix)
         )
@@ -217,6 +217,17 @@ def _backends(wheel: Wheel, scratch: Path) -> Path:
     stub = shutil.copy(wheel.stub, backend)
     Path(stub).chmod(0o755)
     return scratch
+
+
+def _linked(repository: Path, scratch: Path) -> Path:
+    """The same files by links: the stub writes bytecode beside a model, and asks no environment.
+
+    So the release stays as it was built, and may be read-only.
+    """
+    linked: Path = shutil.copytree(
+        repository.resolve(), scratch / "model_repository", copy_function=os.symlink
+    )
+    return linked
 
 
 class LastWords:

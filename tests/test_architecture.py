@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import check_python
 from tests.conftest import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
@@ -102,6 +106,17 @@ def test_files_keep_to_the_budget() -> None:
     assert not long, long
 
 
+def test_functions_keep_to_the_budget() -> None:
+    long = {
+        f"{path.name}, {node.name}": lines
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > 50
+    }
+    assert not long, long
+
+
 @pytest.mark.parametrize("name", sorted(LOCKS))
 def test_locks_pin_everything_and_name_no_address(name: str) -> None:
     lines = [line for line in LOCKS[name].splitlines() if line and not line.startswith("#")]
@@ -138,15 +153,26 @@ def test_installed_is_what_is_locked() -> None:
     assert not wrong, f"run `make setup`: {wrong}"
 
 
-def test_the_project_speaks_of_itself_alone() -> None:
-    """No machine path, no registry address in what is tracked (the image tag is NVIDIA's)."""
+# A letter in brackets, so that this file does not hold what it looks for.
+FORBIDDEN = {
+    "a path of one machine": r"/(home|root|Users)/",
+    "an address of a package registry": r"https?://[^\s\"')]*(pypi|npmjs|deb\.debian)|"
+    r"(index-url|find-links)[^a-z]+https?://(?!example\.org|download\.pytorch\.org/whl/cpu)",
+    "a mark of unfinished work": r"\b(TOD[O]|FIXM[E]|XX[X])\b",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_project_speaks_of_itself_alone(what: str) -> None:
+    found = []
     for name in TRACKED:
         path = ROOT / name
-        if path.suffix in {".png", ".jpg"} or path == Path(__file__):
+        if path.suffix in {".png", ".jpg"} or not path.exists():
             continue
-        text = path.read_text("utf-8")
-        assert str(ROOT) not in text, name
-        assert not re.search(r"https?://[^\s\"')]*(pypi|npmjs|deb\.debian)", text), name
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            if re.search(FORBIDDEN[what], line) or str(ROOT) in line:
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert not found
 
 
 def make_targets() -> set[str]:
@@ -177,12 +203,77 @@ def test_the_readme_names_the_pinned_image_and_its_two_commands_early() -> None:
     assert "make test" in first_screen
 
 
+# ── the check before anything is installed ───────────────────────────────────────────────
+def test_this_machine_passes_the_check() -> None:
+    assert check_python.problems() == []
+
+
 @pytest.mark.parametrize("version", [(3, 10), (3, 13)])
 def test_an_unsuitable_python_is_told_so(version: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deploy import check_python
-
-    assert check_python.problems() == []
     monkeypatch.setattr(sys, "version_info", (*version, 0))
-    problem = check_python.problems()[0]
+    (problem,) = check_python.problems()
     assert "expected 3.11 or 3.12 (NumPy 1.26, which Triton's Python stub needs" in problem
     assert f"got {version[0]}.{version[1]}" in problem
+    assert "make demo PYTHON=python3.11" in problem
+
+
+@pytest.mark.parametrize("found", ["glibc 2.35", "glibc 2.36", "glibc 2.100"])
+def test_a_newer_c_library_is_good(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "confstr", lambda name: found)
+    assert check_python.problems() == []
+
+
+@pytest.mark.parametrize("found", ["glibc 2.31", "glibc 2.9", ""])
+def test_an_older_c_library_is_told_so(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is another: Alpine's has no such name."""
+    monkeypatch.setattr(os, "confstr", lambda name: found)
+    (problem,) = check_python.problems()
+    assert "expected glibc 2.35 or newer, which Triton's wheel is built for" in problem
+    assert f"got {found or 'another'};" in problem
+
+
+def test_another_machine_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    (problem,) = check_python.problems()
+    assert "expected Linux on x86-64" in problem
+    assert "arm64" in problem
+
+
+def test_what_a_slim_python_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's packages are called, which carry the version."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    monkeypatch.setattr(check_python, "has_shared_python", lambda: False)
+    venv, libpython = check_python.problems()
+    assert venv.endswith(f"apt-get install python{version}-venv")
+    assert libpython.endswith(f"apt-get install libpython{version}")
+
+
+def test_the_check_runs_on_any_python_3() -> None:
+    """Those of this machine, and by its grammar those before."""
+    script = Path(check_python.__file__)
+    ast.parse(script.read_text("utf-8"), feature_version=(3, 4))
+    minors = {minor: shutil.which(f"python3.{minor}") for minor in range(5, 20)}
+    for minor, python in minors.items():
+        # A version manager's shim may stand for a Python that is not switched on.
+        if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            done = subprocess.run([python, script], capture_output=True, text=True)
+            assert "Traceback" not in done.stderr
+            assert bool(done.stderr) == (done.returncode == 1)
+            assert minor in (11, 12) or f"got 3.{minor};" in done.stderr
+
+
+def test_a_run_says_what_it_left_out(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without anything, too."""
+    from tests import conftest
+
+    assert pytestconfig.pluginmanager.has_plugin(conftest.__file__)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(conftest, "REAL_CATALOG", ROOT / "nowhere")
+    said = {what: (why, how) for what, why, how in conftest.left_out()}
+    assert len(said) == 5
+    assert said["TensorRT plans and the `gpu` target"][0] == "no NVIDIA GPU here"
+    assert said["container images: linted, not built"][0] == "no container engine here"
+    assert all(how for _, how in said.values())

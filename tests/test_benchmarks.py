@@ -42,6 +42,7 @@ from retrieval_contract import models
 from retrieval_contract.errors import ServerError, SourceError
 from retrieval_contract.release import RELEASE_PARAMETER, Release
 from tests.conftest import ROOT
+from tests.serving import processes_of
 
 DIM, RELEASE_ID = 8, "badbadbadbadbad0"
 HARD_LIMIT_S = 60
@@ -203,10 +204,11 @@ def test_a_short_load_on_the_real_server(
     assert 0 < found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"] < 4000
     assert 0 < found["cpu_share"] <= 0.8
     assert "The first 2 s were warm-up" in run.stdout
-    log = RawLog.read(tmp_path / "queries.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == set(cli.FILES)
+    log = RawLog.read(tmp_path / "load.jsonl")
     assert len([s for s in log.samples if s.at_s >= 2]) == found["requests"] < len(log.samples)
-    report = (tmp_path / "queries.html").read_text("utf-8")
-    table = (tmp_path / "queries_stats.csv").read_text("utf-8")
+    report = (tmp_path / "load.html").read_text("utf-8")
+    table = (tmp_path / "load_stats.csv").read_text("utf-8")
     assert f'"num_requests": {found["requests"]},' in report, "locust leaves the warm-up out, too"
     assert f",{models.QUERY_ENCODER.name},{found['requests']},0," in table
 
@@ -220,6 +222,32 @@ def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
     assert "start it with `make serve`" in run.stderr
     assert "Traceback" not in run.stderr
     assert time.perf_counter() - started < 15
+
+
+def test_a_load_deletes_its_own_files_only(tmp_path: Path) -> None:
+    """`--out` may be the folder of a catalog."""
+    mine, theirs = ("load.html", "load_stats.csv"), ("queries.csv", "load_notes.txt")
+    for name in (*mine, *theirs):
+        (tmp_path / name).write_text("an earlier one")
+    args = cli.parser().parse_args(["--queries", str(tmp_path / "nowhere.csv")])
+    with pytest.raises(ServerError, match=r"(?s)locust ended without a result.*nowhere.csv"):
+        cli.run_locust(args, Settings(), tmp_path)
+    kept = {path.name for path in tmp_path.iterdir() if path.read_text() == "an earlier one"}
+    assert kept == set(theirs)
+
+
+def test_a_stopped_load_leaves_no_locust(tmp_path: Path) -> None:
+    mark = f"--raw-log={tmp_path}"
+    with misbehaving(lambda number: answer()) as address:
+        command = [sys.executable, "-m", "benchmarks", "--out", str(tmp_path), "--triton", address]
+        process = subprocess.Popen(command, cwd=ROOT)
+        end = time.monotonic() + 30
+        while not processes_of(mark):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(10) == 143
+    assert not processes_of(mark)
 
 
 @pytest.mark.parametrize("flags", [("--users", "0"), ("--seconds", "-1"), ("--rate", "inf")])
@@ -317,5 +345,5 @@ def test_refused_rows_and_wrong_shapes_are_failures(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert found["requests"] == found["failures"] > 0
     assert found["p99_ms"] is None
-    errors = {s.error.split(":")[0] for s in RawLog.read(tmp_path / "queries.jsonl").samples}
+    errors = {s.error.split(":")[0] for s in RawLog.read(tmp_path / "load.jsonl").samples}
     assert errors == {"too_long", models.QUERY_ENCODER.name}

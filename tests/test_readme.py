@@ -58,12 +58,6 @@ def test_the_second_terminal(env: dict[str, str], tmp_path: Path) -> None:
     assert "navy" in done.stdout
 
 
-def test_every_make_target_named_is_there() -> None:
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
 def test_every_linked_file_is_there() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links

@@ -1,0 +1,91 @@
+"""`python -m deploy.local` as users and supervisors start it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+FREE_PORTS = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+SCRATCH = r"/(retrieval-triton-\w+)"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running `python -m deploy.local` and its log."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self, pattern: str, within_s: float = 60) -> str:
+        """Wait for the log to match; the pattern's group."""
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            over = self.process.poll() is not None
+            if match := re.search(pattern, self.log.read_text()):
+                return match[1]
+            if over:
+                break
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    @property
+    def address(self) -> str:
+        """For clients, once the server is ready."""
+        return self.said(r"gRPC +(\S+)\n")
+
+    def pending(self) -> dict[str, int]:
+        """How many requests wait in front of each model."""
+        url = self.said(r"metrics (http\S+)\n")
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        found = re.findall(
+            r'^nv_inference_pending_request_count{model="(\w+)".*} (\d+)', text, re.M
+        )
+        return {model: int(count) for model, count in found if int(count)}
+
+    @property
+    def name(self) -> str:
+        """What its scratch folder, its shared memory and the command lines of its parts hold."""
+        return self.said(SCRATCH)
+
+    def leftovers(self) -> list[Path]:
+        """Folders and shared memory of that name."""
+        places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+        return [path for place in places for path in place.glob(f"{self.name}*")]
+
+    def processes(self) -> list[str]:
+        """The server and its stubs, as far as they run."""
+        return processes_of(self.name)
+
+
+def processes_of(name: str) -> list[str]:
+    """The command lines that hold a name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            found.append(path.read_text(errors="replace").replace("\0", " "))
+    return [line for line in found if name in line]
+
+
+@contextmanager
+def serve(release: Path, log: Path, *run: str) -> Iterator[Serving]:
+    """The command on free ports; with `--run` when a command is given."""
+    flags = ["--release", str(release), *FREE_PORTS, *(["--run", *run] if run else [])]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.local", *flags], cwd=ROOT, stdout=output, stderr=output
+        )
+        try:
+            yield Serving(process, log)
+        finally:
+            process.terminate()
+            process.wait(60)
