@@ -64,7 +64,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 ENV PYTHONDONTWRITEBYTECODE=1
 USER 1001
 EXPOSE 8000 8001 8002
-# Triton finishes what is in flight, then exits with 0: give it longer than its own 30 seconds
+# Triton finishes what waits for a tower, then exits with 0: give it longer than its own 30 seconds
 # (docker stop --time 40).
 STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go

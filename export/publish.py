@@ -157,11 +157,11 @@ def write_manifest(folder: Path, release: Release, proofs: list[dict[str, Any]])
 
 
 def hashes_of_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the manifest, by its path inside `folder`."""
+    """SHA-256 of every file by its path inside `folder`, but for the manifest and bytecode."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST_FILE
+        if path.is_file() and path != folder / MANIFEST_FILE and path.suffix != ".pyc"
     }
 
 

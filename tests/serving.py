@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,15 +17,15 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 FREE_PORTS = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
-SCRATCH = r"/(retrieval-triton-\w+)"
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A running `python -m deploy.local` and its log."""
+    """A running `python -m deploy.local`: its log, and the folder of its temporary files."""
 
     process: subprocess.Popen[bytes]
     log: Path
+    scratch: Path
 
     def said(self, pattern: str, within_s: float = 60) -> str:
         """Wait for the log to match; the pattern's group."""
@@ -52,19 +53,15 @@ class Serving:
         )
         return {model: int(count) for model, count in found if int(count)}
 
-    @property
-    def name(self) -> str:
-        """What its scratch folder, its shared memory and the command lines of its parts hold."""
-        return self.said(SCRATCH)
-
     def leftovers(self) -> list[Path]:
-        """Folders and shared memory of that name."""
-        places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
-        return [path for place in places for path in place.glob(f"{self.name}*")]
+        """Temporary files, and shared memory of the same name."""
+        return [self.scratch] * self.scratch.exists() + [
+            *Path("/dev/shm").glob(f"{self.scratch.name}*")
+        ]
 
     def processes(self) -> list[str]:
         """The server and its stubs, as far as they run."""
-        return processes_of(self.name)
+        return processes_of(self.scratch.name)
 
 
 def processes_of(name: str) -> list[str]:
@@ -78,14 +75,21 @@ def processes_of(name: str) -> list[str]:
 
 @contextmanager
 def serve(release: Path, log: Path, *run: str) -> Iterator[Serving]:
-    """The command on free ports; with `--run` when a command is given."""
+    """The command on free ports, from when it has begun; with `--run` when a command is given."""
     flags = ["--release", str(release), *FREE_PORTS, *(["--run", *run] if run else [])]
-    with log.open("w") as output:
+    with log.open("w") as output, tempfile.TemporaryDirectory() as place:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.local", *flags], cwd=ROOT, stdout=output, stderr=output
+            [sys.executable, "-m", "deploy.local", *flags],
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": place},
+            stdout=output,
+            stderr=output,
         )
         try:
-            yield Serving(process, log)
+            while not (scratch := next(Path(place).iterdir(), None)):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.01)
+            yield Serving(process, log, scratch)
         finally:
             process.terminate()
             process.wait(60)

@@ -24,7 +24,7 @@ from deploy.wheel import find_wheel
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import DeployError, ServerUnavailable
 from tests.conftest import photo
-from tests.serving import SCRATCH, Serving, serve
+from tests.serving import Serving, serve
 
 
 def test_a_missing_environment_is_said(tmp_path: Path, release_folder: Path) -> None:
@@ -155,7 +155,6 @@ def serving(release_folder: Path, tmp_path: Path) -> Iterator[Serving]:
 
 
 TEXTS = [f"a blue summer dress with long sleeves, flowers and pockets, {i}" for i in range(128)]
-PHOTOS = [photo((15 * i, 0, 0), size=(3000, 4000)) for i in range(16)]
 
 
 @dataclass(frozen=True)
@@ -183,20 +182,20 @@ def drained(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
     with (
         serve(release_folder, tmp_path_factory.mktemp("drain") / "log") as serving,
         Encoder(Settings(triton=serving.address, timeout_s=60)) as encoder,
-        ThreadPoolExecutor(32) as pool,
+        ThreadPoolExecutor(64) as pool,
     ):
-        texts, products = (TEXTS,), ([""] * len(PHOTOS), PHOTOS)
+        photos = [photo((15 * i, 0, 0), size=(3000, 4000)) for i in range(16)]
+        texts, products = (TEXTS,), ([""] * len(photos), photos)
         vectors = encoder.encode_queries(*texts).vectors
         looks = encoder.encode_products(*products).vectors
-        queries = [pool.submit(encoder.encode_queries, *texts) for _ in range(16)]
-        pictures = [pool.submit(encoder.encode_products, *products) for _ in range(8)]
-        while True:
+        queries = [pool.submit(encoder.encode_queries, *texts) for _ in range(24)]
+        while True:  # one is being run; until then some are at the tokenizer
             answered = sum(query.done() for query in queries)
-            waiting = serving.pending()
-            if answered + waiting.get("query_tower", 0) >= len(queries) - 1:  # one is being run
+            if answered + serving.pending().get("query_tower", 0) >= len(queries) - 1:
                 break
-        assert "query_tokenizer" not in waiting
-        assert waiting["product_preprocessor"] > 0
+        pictures = [pool.submit(encoder.encode_products, *products) for _ in range(16)]
+        while "product_preprocessor" not in serving.pending():
+            pass
         serving.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)  # for the launcher to pass it on
         late = pool.submit(encoder.encode_queries, ["late"]).exception()
@@ -213,7 +212,7 @@ def drained(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
 
 def test_stopping_answers_what_waits_for_a_tower(drained: Drained) -> None:
     assert drained.unanswered > 4, "too few were in flight to prove anything"
-    assert drained.queries == ["right"] * 16
+    assert drained.queries == ["right"] * 24
 
 
 def test_stopping_refuses_what_comes_later(drained: Drained) -> None:
@@ -245,7 +244,7 @@ def test_stopping_answers_what_is_in_its_first_step(drained: Drained) -> None:
     refused = [result for result in drained.products if isinstance(result, ServerUnavailable)]
     if refused and "has stopped accepting new inference requests" in str(refused[0]):
         raise FirstStepRefused(f"{len(refused)} of {len(drained.products)}: {refused[0]}")
-    assert drained.products == ["right"] * 8
+    assert drained.products == ["right"] * 16
 
 
 def test_a_second_ctrl_c_cuts_the_drain_short(serving: Serving) -> None:
@@ -267,7 +266,8 @@ def test_a_second_ctrl_c_cuts_the_drain_short(serving: Serving) -> None:
 
 
 def test_two_ctrl_c_while_starting_leave_nothing(serving: Serving) -> None:
-    serving.said(SCRATCH)
+    while not serving.processes():
+        assert serving.process.poll() is None
     serving.process.send_signal(signal.SIGINT)
     serving.process.send_signal(signal.SIGINT)
     assert serving.process.wait(60) == 0

@@ -147,7 +147,7 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=args.json,
+            disable=args.json or not console.is_terminal,
         ) as bar,
     ):
         task = bar.add_task("products", total=expected)
