@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+from deploy.stopping import DRAIN_S, SIGNALS, stop, undisturbed
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -36,11 +37,8 @@ from retrieval_contract.release import Release
 LATEST = ROOT / "build" / "releases" / "latest"
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_S = 120.0
-DRAIN_S = 30
-"""What Triton gives its queues after SIGTERM; 10 s later it is killed."""
 COMMAND_STOP_S = 5.0
 """What a `--run` command gets between SIGTERM and SIGKILL."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 TOWER_FILES = {
     Target.GPU: [models.PLAN_FILE],
     Target.CPU: [models.ONNX_FILE],
@@ -182,10 +180,10 @@ def triton(
         )
         try:
             words = LastWords(process, log)
-            version = _wait_ready(process, f"{host}:{ports.grpc}", words)
+            version = _wait_ready(process, host, ports, words)
             yield Server(host, ports, release, version, process)
         finally:
-            with _undisturbed(process):
+            with undisturbed(process):
                 stop(process)
                 for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
                     region.unlink(missing_ok=True)
@@ -257,8 +255,8 @@ class LastWords:
         return "".join(tuple(self._telling or self._raw))
 
 
-def _wait_ready(process: subprocess.Popen[str], address: str, words: LastWords) -> str:
-    """Wait for a real inference through both steps; returns "triton <version>"."""
+def _wait_ready(process: subprocess.Popen[str], host: str, ports: Ports, words: LastWords) -> str:
+    """Wait for a real inference, and for the doors that open last; returns "triton <version>"."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     problem = ""
     while time.monotonic() < deadline:
@@ -268,10 +266,12 @@ def _wait_ready(process: subprocess.Popen[str], address: str, words: LastWords) 
                 f"last words:\n{words.read()}"
             )
         try:
-            with Encoder(Settings(triton=address)) as encoder:
+            with Encoder(Settings(triton=f"{host}:{ports.grpc}")) as encoder:
                 encoder.encode_queries(["ready"])
+                for port in (ports.http, ports.metrics):
+                    socket.create_connection((host, port), timeout=1.0).close()
                 return encoder.server_version()
-        except RetrievalError as exc:
+        except (RetrievalError, OSError) as exc:
             problem = str(exc)
             time.sleep(0.2)
     raise DeployError(
@@ -280,46 +280,13 @@ def _wait_ready(process: subprocess.Popen[str], address: str, words: LastWords) 
     )
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, let what waits for a tower be answered, then make sure that nothing is left.
-
-    Triton 2.51 refuses what is still in an ensemble's first step: its callers ask again.
-    """
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(DRAIN_S + 10)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server, or all of it
-    process.wait()
-
-
-@contextlib.contextmanager
-def _undisturbed(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Nothing interrupts the block: a further Ctrl-C or SIGTERM only ends the drain at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread
-        return
-
-    def hurry(signum: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    before = {number: signal.signal(number, hurry) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
-
-
 class Stopped(KeyboardInterrupt):
     """We were asked to stop; holds the number of the signal."""
 
 
 def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # no second one before `_undisturbed`, nor after
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # no second one before `undisturbed`, nor after
     raise Stopped(signum)
 
 
@@ -356,7 +323,7 @@ def main() -> None:
         help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
     )
     args = parser.parse_args()
-    for number in STOPPING:
+    for number in SIGNALS:
         signal.signal(number, _raise_stopped)
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)

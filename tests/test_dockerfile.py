@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import local
+from deploy import local, stopping
 from tests.conftest import ROOT
 
 DOCKERFILE = ROOT / "Dockerfile"
@@ -150,7 +150,7 @@ def test_serve_runs_a_mounted_release_as_nobody_in_particular() -> None:
     assert entry[1:] == [
         "--model-repository=/release/model_repository",
         "--disable-auto-complete-config",
-        f"--exit-timeout-secs={local.DRAIN_S}",
+        f"--exit-timeout-secs={stopping.DRAIN_S}",
     ]
     assert json.loads(only("CMD", "serve")) == ["--model-config-name=gpu"]
     copied = [line for line in instructions("serve") if line.startswith(("COPY", "ADD"))]

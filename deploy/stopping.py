@@ -1,0 +1,76 @@
+"""How a server is stopped: what is in flight is answered, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+QUIET_S = 5.0
+"""How long a stop waits for the server to fall quiet before it stops it all the same."""
+QUIET_STEP_S, QUIET_CPU_S = 0.2, 0.02
+"""Quiet is a step of so long in which the server and its stubs take no more processor time."""
+DRAIN_S = 30
+"""What Triton gives its queues after SIGTERM; 10 s later it is killed."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Let what is in flight be answered, SIGTERM, then make sure that nothing is left.
+
+    Triton 2.51, once asked to stop, answers what waits for a tower, and refuses what is still in
+    an ensemble's first step. So it is asked when it has fallen quiet.
+    """
+    _wait_quiet(process)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DRAIN_S + 10)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server, or all of it
+    process.wait()
+
+
+def _wait_quiet(process: subprocess.Popen[str]) -> None:
+    """Until nothing is being computed, at most QUIET_S: callers may never stop asking."""
+    end, spent = time.monotonic() + QUIET_S, _cpu_s(process.pid)
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(QUIET_STEP_S)
+        before, spent = spent, _cpu_s(process.pid)
+        if spent - before < QUIET_CPU_S:
+            return
+
+
+def _cpu_s(group: int) -> float:
+    """Seconds of processor time that a process group has taken, proc(5)."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()  # the name may hold anything
+            ticks += (int(fields[2]) == group) * (int(fields[11]) + int(fields[12]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def undisturbed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Nothing interrupts the block: a further Ctrl-C or SIGTERM only ends the drain at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+
+    def hurry(signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    before = {number: signal.signal(number, hurry) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
