@@ -1,0 +1,175 @@
+"""python -m towers.evaluate --data DIR [--data DIR …]: how well each system searches, by slice.
+
+Tables on screen, a page of ranked photos under `--out`, and the figures as JSON in the last line:
+{"<data folder>": {"<system>": {"<slice>": {"ndcg@10": x, "capped_recall@10": x, …}}}}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from retrieval_contract.errors import RetrievalError, SourceError
+from towers.checkpoint import load_towers
+from towers.learning.catalog import ProductData, Query, read_data
+from towers.learning.metrics import (
+    Figures,
+    figures_of,
+    mean_interval,
+    means_of,
+    ratio_interval,
+)
+from towers.learning.page import write_page
+from towers.learning.split import sides_of
+from towers.learning.systems import BM25, System, Towers
+from towers.learning.views import VIEWS
+from towers.pretrained import pretrained_make
+
+HEADLINE = "ndcg@10"
+KNOWN_ITEM = "known_item_hit@10"
+KNOWN_QUERIES, KNOWN_WORDS = 1000, 3
+SAMPLES, SHOWN = 12, 8
+console = Console(stderr=True)
+
+Found = dict[str, dict[str, Figures]]
+"""System → slice → figures of every query."""
+
+
+def known_items(data: ProductData, seed: int = 0) -> list[Query]:
+    """Queries of three shuffled words of one title; every product of that title is right."""
+    rng = random.Random(seed)
+    by_title: dict[str, list[str]] = {}
+    for product_id, title in zip(data.ids, data.titles, strict=True):
+        by_title.setdefault(title, []).append(product_id)
+    long = sorted(title for title in by_title if len(title.split()) >= KNOWN_WORDS)
+    chosen = rng.sample(long, min(KNOWN_QUERIES, len(long)))
+    return [
+        Query(
+            f"known {number}",
+            " ".join(rng.sample(title.lower().split(), KNOWN_WORDS)),
+            dict.fromkeys(by_title[title], 1),
+        )
+        for number, title in enumerate(chosen)
+    ]
+
+
+def evaluate(data: ProductData, systems: Sequence[System], views: Sequence[str]) -> Found:
+    """Every figure of every system on every slice that this data has."""
+    slices = {name: found for name in views if (found := VIEWS[name](data)) and found.queries}
+    found: Found = {system.name: {} for system in systems}
+    with Progress(console=console, transient=True) as bar:
+        for system in systems:
+            total = sum(len(view) for view in slices.values())
+            task = bar.add_task(f"{data.name}, {system.name}", total=total)
+            for name, view in slices.items():
+                known = known_items(data) if name == "all" else []
+                asked = [*view.queries, *known]
+                scores = system.scores(
+                    view, [q.text for q in asked], lambda rows, task=task: bar.advance(task, rows)
+                )
+                count = len(view.queries)
+                figures = figures_of(view.queries, view.ids, scores[:count])
+                if known:
+                    hits = figures_of(known, view.ids, scores[count:])["capped_recall@10"]
+                    figures[KNOWN_ITEM] = (hits > 0).astype(float)
+                found[system.name][name] = figures
+    return found
+
+
+def say(data: ProductData, found: Found) -> None:
+    """One table: the headline of every system and slice, and what the last one is to the others."""
+    last = list(found)[-1]
+    slices = list(found[last])
+    table = Table(title=f"{data.name}: {HEADLINE}, 95 % interval; (÷) {last} to it, paired")
+    table.add_column("system")
+    for name in slices:
+        table.add_column(f"{name}\n{len(found[last][name][HEADLINE])} queries", justify="right")
+    for system, by_slice in found.items():
+        cells = []
+        for name in slices:
+            cell = str(mean_interval(by_slice[name][HEADLINE]))
+            if system != last:
+                ratio = ratio_interval(found[last][name][HEADLINE], by_slice[name][HEADLINE])
+                cell += f"\n÷ {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            cells.append(cell)
+        table.add_row(system, *cells)
+    console.print(table)
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """Means by system and slice, with the headline's interval."""
+    report: dict[str, Any] = {}
+    for system, by_slice in found.items():
+        report[system] = {}
+        for name, figures in by_slice.items():
+            interval = mean_interval(figures[HEADLINE])
+            report[system][name] = {
+                **means_of(figures),
+                f"{HEADLINE}_interval": [round(interval.low, 4), round(interval.high, 4)],
+                "queries": len(figures[HEADLINE]),
+            }
+    return report
+
+
+def best_baseline(found: Found, ours: str) -> str:
+    """Of the others, the one with the best headline on the whole catalog."""
+    others = [name for name in found if name != ours]
+    return max(others, key=lambda name: float(np.mean(found[name]["all"][HEADLINE])))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m towers.evaluate", description=__doc__)
+    top.add_argument("--data", type=Path, action="append", required=True, help="a data folder")
+    top.add_argument("--checkpoint", default="build/checkpoints/make", help="folder or hub name")
+    top.add_argument("--side", choices=["train", "dev", "test", "all"], default="all")
+    top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
+    top.add_argument("--out", type=Path, default=Path("build/evaluation"))
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate every folder; returns the report."""
+    systems: list[System] = [
+        BM25(),
+        Towers("pretrained", pretrained_make()),
+        Towers("make", load_towers(args.checkpoint)),
+    ]
+    report = {}
+    for folder in args.data:
+        data = read_data(folder)
+        if args.side != "all":
+            data = data.select(sides_of(data)[args.side])
+        if not data.queries:
+            raise SourceError(f"{folder}: expected queries.csv with judgements, found none")
+        found = evaluate(data, systems, args.slice or list(VIEWS))
+        say(data, found)
+        report[str(folder)] = as_json(found)
+        if any(data.images) and "all" in found["make"]:
+            named = {system.name: system for system in systems}
+            shown = [named[best_baseline(found, "make")], named["make"]]
+            write_page(data, shown, args.out / f"{data.name}.html", SAMPLES, SHOWN)
+            console.print(f"page: {args.out / data.name}.html", markup=False)
+    return report
+
+
+def main() -> None:
+    """Command line."""
+    args = parser().parse_args()
+    try:
+        print(json.dumps(run(args)))
+    except RetrievalError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()

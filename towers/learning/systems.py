@@ -1,0 +1,110 @@
+"""What is compared: anything that scores every product of a catalog for every query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import bm25s
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from towers.learning.catalog import ProductData
+from towers.learning.metrics import Scores
+from towers.learning.words import words_of
+from towers.two_towers import TwoTowers, unit
+
+BATCH = 64
+Vectors = NDArray[np.float32]
+Progress = Callable[[int], None]
+
+
+class System(Protocol):
+    """One way to search."""
+
+    name: str
+
+    def scores(
+        self, data: ProductData, queries: Sequence[str], progress: Progress = lambda rows: None
+    ) -> Scores:
+        """Float32 (queries, products), higher is better; `progress` gets rows as they are done."""
+
+
+class BM25:
+    """BM25 (Lucene's variant, k1 1.5, b 0.75; bm25s) over stems: plurals and `t-shirt` folded."""
+
+    name = "bm25"
+
+    def scores(
+        self, data: ProductData, queries: Sequence[str], progress: Progress = lambda rows: None
+    ) -> Scores:
+        """See System."""
+        index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+        # A catalog of empty titles has no vocabulary, which the library does not take.
+        index.index([words_of(title) or ["\0"] for title in data.titles], show_progress=False)
+        known = set(index.vocab_dict)
+        rows = []
+        for query in queries:
+            words = [word for word in words_of(query) if word in known]
+            rows.append(index.get_scores(words) if words else np.zeros(len(data), np.float32))
+        progress(len(data))
+        return np.stack(rows).astype(np.float32)
+
+
+class Towers:
+    """A pair of towers, fed by the very preprocessing that serves them."""
+
+    def __init__(self, name: str, towers: TwoTowers) -> None:
+        self.name, self.towers = name, towers.eval()
+        spec = towers.spec
+        self._text = TextPreprocessor(spec.query.tokenizer_json, spec.query.spec, required=True)
+        self._product = ProductPreprocessor(spec.title.tokenizer_json, spec.title.spec, spec.image)
+        shape = (1, 3, 1, 1)
+        self._mean = torch.tensor(spec.image.mean).reshape(shape)
+        self._std = torch.tensor(spec.image.std).reshape(shape)
+
+    def scores(
+        self, data: ProductData, queries: Sequence[str], progress: Progress = lambda rows: None
+    ) -> Scores:
+        """See System."""
+        return self.queries(queries) @ self.products(data, progress).T
+
+    @torch.inference_mode()
+    def queries(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, float32 (texts, V)."""
+        out = np.zeros((len(texts), self.towers.spec.vector_dim), np.float32)
+        for rows in by_length(texts):
+            batch = self._text([texts[row].encode() for row in rows])
+            ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
+            out[rows] = unit(self.towers.encode_query(ids, mask)).numpy()
+        return out
+
+    @torch.inference_mode()
+    def products(self, data: ProductData, progress: Progress = lambda rows: None) -> Vectors:
+        """Unit vectors, float32 (products, V); zero where there is nothing to encode."""
+        out = np.zeros((len(data), self.towers.spec.vector_dim), np.float32)
+        for rows in by_length(data.titles):
+            titles = [data.titles[row].encode() for row in rows]
+            batch = self._product(titles, [data.images[row] for row in rows]).tensors
+            tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+            pixels = tensors["pixels"].permute(0, 3, 1, 2).float()
+            has_title, has_image = tensors["has_title"].float(), tensors["has_image"].float()
+            vectors = self.towers.encode_product(
+                tensors["title_ids"],
+                tensors["title_mask"],
+                has_title,
+                (pixels - self._mean) / self._std,
+                has_image,
+            )
+            there = torch.maximum(has_title, has_image)
+            out[rows] = (unit(vectors) * there).numpy()
+            progress(len(rows))
+        return out
+
+
+def by_length(texts: Sequence[str]) -> list[list[int]]:
+    """Rows in batches of texts of like length: less padding."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
