@@ -232,8 +232,11 @@ def test_towers_see_what_their_view_shows(data: ProductData) -> None:
     nothing = towers.products(views.no_image(view.select([0])).select([0]))
     assert np.linalg.norm(nothing) == pytest.approx(1, abs=1e-5)
     assert not np.allclose(whole[0], nothing[0], atol=1e-3)
-    alone = towers.products(view.select([7]))
+    alone = Towers("the same, knowing nothing", tiny_make()).products(view.select([7]))
     np.testing.assert_allclose(alone[0], whole[7], atol=1e-5)
+    steps: list[int] = []
+    np.testing.assert_array_equal(towers.products(view, steps.append), whole)
+    assert steps == [20], "nothing was encoded again"
 
 
 def test_known_items_come_from_the_titles(data: ProductData) -> None:

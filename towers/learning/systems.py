@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -58,6 +59,7 @@ class Towers:
 
     def __init__(self, name: str, towers: TwoTowers) -> None:
         self.name, self.towers = name, towers.eval()
+        self._known: dict[tuple[str, bytes], Vectors] = {}
         spec = towers.spec
         self._text = TextPreprocessor(spec.query.tokenizer_json, spec.query.spec, required=True)
         self._product = ProductPreprocessor(spec.title.tokenizer_json, spec.title.spec, spec.image)
@@ -83,25 +85,41 @@ class Towers:
 
     @torch.inference_mode()
     def products(self, data: ProductData, progress: Progress = lambda rows: None) -> Vectors:
-        """Unit vectors, float32 (products, V); zero where there is nothing to encode."""
-        out = np.zeros((len(data), self.towers.spec.vector_dim), np.float32)
-        for rows in by_length(data.titles):
-            titles = [data.titles[row].encode() for row in rows]
-            batch = self._product(titles, [data.images[row] for row in rows]).tensors
-            tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-            pixels = tensors["pixels"].permute(0, 3, 1, 2).float()
-            has_title, has_image = tensors["has_title"].float(), tensors["has_image"].float()
-            vectors = self.towers.encode_product(
-                tensors["title_ids"],
-                tensors["title_mask"],
-                has_title,
-                (pixels - self._mean) / self._std,
-                has_image,
+        """Unit vectors, float32 (products, V); zero where there is nothing to encode.
+
+        A product that an earlier call has seen, with this title and picture, is not encoded again.
+        """
+        keys = [
+            (title, hashlib.sha256(image).digest())
+            for title, image in zip(data.titles, data.images, strict=True)
+        ]
+        new = [row for row, key in enumerate(keys) if key not in self._known]
+        progress(len(data) - len(new))
+        for part in by_length([data.titles[row] for row in new]):
+            rows = [new[at] for at in part]
+            vectors = self._encode(
+                [data.titles[row].encode() for row in rows], [data.images[row] for row in rows]
             )
-            there = torch.maximum(has_title, has_image)
-            out[rows] = (unit(vectors) * there).numpy()
+            self._known.update(
+                (keys[row], vector) for row, vector in zip(rows, vectors, strict=True)
+            )
             progress(len(rows))
-        return out
+        return np.stack([self._known[key] for key in keys])
+
+    def _encode(self, titles: list[bytes], images: list[bytes]) -> Vectors:
+        batch = self._product(titles, images).tensors
+        tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+        pixels = tensors["pixels"].permute(0, 3, 1, 2).float()
+        has_title, has_image = tensors["has_title"].float(), tensors["has_image"].float()
+        vectors = self.towers.encode_product(
+            tensors["title_ids"],
+            tensors["title_mask"],
+            has_title,
+            (pixels - self._mean) / self._std,
+            has_image,
+        )
+        there = torch.maximum(has_title, has_image)
+        return (unit(vectors) * there).numpy()
 
 
 def by_length(texts: Sequence[str]) -> list[list[int]]:
