@@ -2,7 +2,7 @@
 TRITON_TAG ?= 26.09-py3
 
 # Arguments for every pip call, such as an index of your own or a CPU build of torch:
-#   make setup PIP_ARGS="--extra-index-url https://example.org/simple"
+#   make setup PIP_ARGS="--extra-index-url URL"
 PIP_ARGS ?=
 PYTHON ?= python3
 CATALOG ?=
