@@ -2,7 +2,7 @@
 #
 #   docker build --target export -t make-retrieval-export .
 #   docker run --rm --user "$(id -u)" -v "$PWD/build:/app/build" make-retrieval-export \
-#       repository --checkpoint build/checkpoints/make
+#       repository --checkpoint towers/weights/make
 #
 #   docker build -t make-retrieval-serve .
 #   docker run --rm --gpus 1 --shm-size 256m -p 8000-8002:8000-8002 \

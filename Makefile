@@ -6,7 +6,7 @@ TRITON_TAG ?= 26.09-py3
 PIP_ARGS ?=
 PYTHON ?= python3
 CATALOG ?=
-CHECKPOINT ?= build/checkpoints/make
+CHECKPOINT ?= towers/weights/make
 USERS ?= 8
 SECONDS ?= 15
 
@@ -53,7 +53,6 @@ serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) 
 	$(PY) -m deploy.local
 
 release: setup  ## checkpoint -> ONNX -> model repository under build/releases
-	$(if $(filter build/checkpoints/make,$(CHECKPOINT)),test -f $(CHECKPOINT)/model.safetensors || $(PY) -m towers.pretrained --out $(CHECKPOINT))
 	$(PY) -m export repository --checkpoint $(CHECKPOINT)
 
 repository: setup  ## remake the committed configs in model_repository

@@ -31,7 +31,7 @@ from retrieval_contract.errors import DeployError, ItemError, RetrievalError
 from retrieval_contract.preprocess import text_from_bytes
 
 BUILD = ROOT / "build"
-CHECKPOINT = BUILD / "checkpoints" / "make"
+CHECKPOINT = ROOT / "towers" / "weights" / "make"
 REAL_CATALOG = ROOT.parent / "shared" / "data" / "fashion_products_small"
 PRODUCTS = 5000
 QUERIES = 6
@@ -46,9 +46,7 @@ console = Console(stderr=True)
 
 
 def build_release() -> Path:
-    """Weights → checkpoint → release, unless they are there; returns its folder."""
-    if not (CHECKPOINT / "model.safetensors").is_file():
-        _run("towers.pretrained", "--out", str(CHECKPOINT))
+    """Checkpoint → release, unless it is there; returns its folder."""
     _run("export", "repository", "--checkpoint", str(CHECKPOINT))
     return LATEST
 

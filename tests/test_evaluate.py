@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import subprocess
@@ -15,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_contract.errors import SourceError
-from tests.conftest import ROOT, photo
+from tests.conftest import ROOT
+from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
 from towers.evaluate import evaluate, known_items
 from towers.learning import views
+from towers.learning.baselines import BASELINES
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.metrics import figures_of, mean_interval, ratio_interval
 from towers.learning.queries import QueryMaker, mistype
@@ -26,46 +27,10 @@ from towers.learning.split import groups_of, is_held_out, names_held_out, sides_
 from towers.learning.systems import BM25, Towers
 from towers.learning.words import words_of
 
-COLOURS = {"Red": (200, 20, 20), "Navy Blue": (20, 20, 120), "White": (240, 240, 240)}
-KINDS = ("Shirts", "Dresses", "Tshirts")
-GENDERS = ("Men", "Women")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """360 products, 20 of each gender, colour and kind; every fourth title hides the colour."""
-    folder = tmp_path_factory.mktemp("drawn")
-    rows, pictures, judgements, queries = [], [], [], []
-    for gender in GENDERS:
-        for colour, rgb in COLOURS.items():
-            for kind in KINDS:
-                query_id = f"q{len(queries)}"
-                queries.append(
-                    (query_id, f"{colour} {gender} {kind}".lower(), gender, colour, kind)
-                )
-                for i in range(20):
-                    number = len(rows)
-                    said = "" if i % 4 == 0 else f"{colour} "
-                    title = f"Brand{number} {gender} {said}{kind[:-1]} no {number}"
-                    rows.append((number, title, gender, colour, kind))
-                    pictures.append(
-                        photo(tuple(min(255, c + i) for c in rgb), (60, 80 + number % 7))
-                    )
-                    judgements.append((query_id, number, 2))
-    names = ("id", "title", "gender", "baseColour", "articleType")
-    pq.write_table(
-        pa.table(dict(zip(names, zip(*rows, strict=True), strict=True))),
-        folder / "products.parquet",
-    )
-    table = pa.table({"id": [r[0] for r in rows], "jpeg": pictures})
-    pq.write_table(table, folder / "images.parquet")
-    for name, header, lines in (
-        ("queries.csv", ("query_id", "query", *names[2:]), queries),
-        ("qrels.csv", ("query_id", "id", "rel"), judgements),
-    ):
-        with (folder / name).open("w", newline="") as file:
-            csv.writer(file).writerows([header, *lines])
-    return folder
+    return write_judged_catalog(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +221,7 @@ def test_the_command_ends_with_figures_and_a_page(folder: Path, tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])[str(folder)]
-    assert set(report) == {"bm25", "pretrained", "make"}
+    assert list(report) == ["bm25", "pretrained", *BASELINES, "make"]
     for slices in report.values():
         assert set(slices) == {"all", "uneven"}
         low, high = slices["all"]["ndcg@10_interval"]

@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from retrieval_contract.errors import CheckpointError
 from tests.tiny import tiny_make
+from towers import checkpoint
 from towers.checkpoint import load_towers, save_make
-from towers.make import Make, ModalAdaptation
+from towers.efficientnet_lite import EARLY_BLOCKS, HEAD_CHANNELS, POOLED_FEATURES
+from towers.heads import ModalAdaptation
+from towers.make import IMAGE_FEATURES, ColourHistogram, Make
 from towers.pretrained import package_folder, pretrained_make
+from towers.train import rounded
 from towers.two_towers import TwoTowers, hash_of_code
 
 TINY = tiny_make()
@@ -67,27 +71,53 @@ def trained_like(seed: int) -> Make:
     towers = tiny_make(seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in towers.modal_adaptation.parameters():
+        for parameter in towers.heads.fusion.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return towers
 
 
 def test_modal_adaptation_weighs_each_product_for_itself() -> None:
     """A gate that left its start gives two products two mixes of the same modalities."""
-    adapt = ModalAdaptation(4)
+    adapt = ModalAdaptation(4, 8)
     with torch.no_grad():
         adapt.gate.weight[0, 0] = 3.0  # trust titles that point along the first axis
-        adapt.gate.bias[:] = 0
     title = torch.eye(4)[:2]
     image = torch.eye(4)[2:]
-    tokens, grid = title.unsqueeze(1), image.unsqueeze(1)
     there = torch.ones(2, 1)
     with torch.no_grad():
-        fused = adapt(tokens, there, title, there, grid, image, there)
+        fused = adapt(title, there, image, there)
     weights = (fused * title).sum(1)
     assert weights[0] > 0.9
     assert abs(weights[1] - 0.5) < 1e-5
     assert torch.allclose((fused * (title + image)).sum(1), torch.ones(2), atol=1e-5)
+
+
+def test_a_histogram_counts_colours_whatever_the_size() -> None:
+    red = torch.tensor([0.75, -0.75, -0.75]).reshape(1, 3, 1, 1)
+    plain = ColourHistogram()(red.expand(1, 3, 8, 6))
+    assert plain.shape == (1, 64)
+    assert plain.sum().item() == pytest.approx(1)
+    assert plain.argmax().item() == 3 * 16, "the lattice's own red"
+    assert plain.max() > 0.9
+    half = torch.cat([red.expand(1, 3, 4, 6), -red.expand(1, 3, 4, 6)], 2)
+    both = ColourHistogram()(half)
+    assert torch.allclose(both, (plain + ColourHistogram()(-red.expand(1, 3, 2, 2))) / 2, atol=1e-6)
+
+
+def test_early_layers_are_part_of_a_pictures_features(towers: Make) -> None:
+    early: list[torch.Tensor] = []
+    blocks = towers.image_encoder._blocks
+    hooks = [
+        blocks[number].register_forward_hook(lambda block, given, out: early.append(out))
+        for number in EARLY_BLOCKS
+    ]
+    with torch.no_grad():
+        features = towers.image_features(torch.randn(2, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    assert features.shape == (2, IMAGE_FEATURES)
+    means = torch.cat([out.mean((2, 3)) for out in early], 1)
+    assert torch.allclose(features[:, HEAD_CHANNELS:POOLED_FEATURES], means, atol=1e-6)
 
 
 def test_an_untrained_model_searches_by_title(towers: Make) -> None:
@@ -136,6 +166,27 @@ def test_a_checkpoint_comes_back_the_same(tmp_path: Path) -> None:
     assert torch.equal(encode(loaded, **inputs), encode(TINY, **inputs))
 
 
+def test_a_large_checkpoint_is_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or not at all; what half precision holds exactly takes half the room."""
+    monkeypatch.setattr(checkpoint, "LARGEST_FILE", "2MB")
+    towers = rounded(tiny_make(seed=4))
+    save_make(towers, tmp_path)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert load_towers(str(tmp_path)).release() == towers.release()
+    stored = {name: t for file in files for name, t in load_file(file).items()}
+    words = [name for name in stored if name.endswith("word_embeddings.weight")]
+    assert len(words) == 1, "one table for both text encoders"
+    assert stored[words[0]].dtype == torch.float16
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=files[1].name):
+        load_towers(str(tmp_path))
+    save_make(TINY, tmp_path)
+    assert load_towers(str(tmp_path)).release() == TINY.release(), "nothing of the old is left"
+
+
 def test_the_release_id_follows_the_weights() -> None:
     assert tiny_make(seed=0).release().release_id == TINY.release().release_id
     assert tiny_make(seed=1).release().release_id != TINY.release().release_id
@@ -148,7 +199,9 @@ def test_the_release_id_follows_the_weights() -> None:
 def test_a_config_that_the_weights_do_not_fit_is_refused(tmp_path: Path) -> None:
     save_make(TINY, tmp_path)
     edit_config(tmp_path, vector_dim=24)
-    with pytest.raises(CheckpointError, match=r"projection.weight: expected \(24, 32\), got \(16"):
+    with pytest.raises(
+        CheckpointError, match=r"heads.projection.weight: expected \(24, 32\), got \(16"
+    ):
         load_towers(str(tmp_path))
 
 
@@ -169,9 +222,9 @@ def test_a_missing_file_is_named(tmp_path: Path, lost: str) -> None:
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_make(TINY, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["modal_adaptation.gate.bias"]
+    del weights["heads.fusion.gate.bias"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"modal_adaptation.gate.bias: expected \(2,\), got"):
+    with pytest.raises(CheckpointError, match=r"heads.fusion.gate.bias: expected \(2,\), got"):
         load_towers(str(tmp_path))
 
 

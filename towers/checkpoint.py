@@ -1,13 +1,22 @@
-"""A checkpoint is a folder: `config.json`, `model.safetensors`, `tokenizer.json`."""
+"""A checkpoint is a folder: `config.json`, `tokenizer.json`, and the weights.
+
+Weights are `model.safetensors`, or several such files and an index of them where that would be
+large (Hugging Face's layout). Tensors that half precision holds exactly are stored in it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import tempfile
 from pathlib import Path
 
+import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from retrieval_contract.errors import CheckpointError
 from towers import clip, make
@@ -15,7 +24,13 @@ from towers.two_towers import TwoTowers
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LARGEST_FILE = "48MB"
 TOKENIZER_FILE = "tokenizer.json"
+TRAINING_FILE = "training.json"
+"""What a checkpoint was trained on and how, where it was trained here."""
+SHIPPED = Path(__file__).parent / "weights" / "make"
+EXPECTED = f"a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
 
 
 def load_towers(where: str) -> TwoTowers:
@@ -56,24 +71,19 @@ def load_make(folder: Path) -> make.Make:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: no model can be made of these values ({exc}); restore it"
         ) from exc
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: not found; a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
-        )
-    try:
-        weights = load_file(path)
-    except SafetensorError as exc:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({exc}); copy it again"
-        ) from exc
-    wanted = {name: tuple(t.shape) for name, t in towers.state_dict().items()}
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in _weights(folder)}
+    state = towers.state_dict()
+    for name in set(state) - set(weights):  # tables that several names share are stored once
+        twin = next((n for n in weights if state[name].data_ptr() == _pointer(state, n)), None)
+        if twin:
+            weights[name] = weights[twin]
+    wanted = {name: tuple(t.shape) for name, t in state.items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if wanted != found:
         names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
         first = names[0]
         raise CheckpointError(
-            f"{path}: {len(names)} tensors do not fit {CONFIG_FILE}, the first is {first}: "
+            f"{folder}: {len(names)} tensors do not fit {CONFIG_FILE}, the first is {first}: "
             f"expected {wanted.get(first)}, got {found.get(first)}; restore the config or "
             "make the weights anew (python -m towers.pretrained)"
         )
@@ -81,27 +91,71 @@ def load_make(folder: Path) -> make.Make:
     return towers
 
 
+def _pointer(state: dict[str, Tensor], name: str) -> int | None:
+    return state[name].data_ptr() if name in state and state[name].numel() else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether somebody finished writing weights there."""
+    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def _weights(folder: Path) -> list[tuple[str, Tensor]]:
+    files = [folder / WEIGHTS_FILE]
+    if (folder / INDEX_FILE).is_file():
+        names = json.loads(_read(folder / INDEX_FILE))["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    found: list[tuple[str, Tensor]] = []
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not found; {EXPECTED}")
+        try:
+            found += load_file(path).items()
+        except SafetensorError as exc:
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({exc}); copy it again"
+            ) from exc
+    return found
+
+
 def save_make(towers: make.Make, folder: Path) -> None:
-    """Write the three files; float32, one copy of each weight.
+    """Write the files; every value comes back as it is.
 
     The weights come last and whole: who finds them finds a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / WEIGHTS_FILE
-    path.unlink(missing_ok=True)
+    for old in [folder / INDEX_FILE, *folder.glob("model*.safetensors")]:
+        old.unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(towers.config.to_json(), "utf-8")
     (folder / TOKENIZER_FILE).write_text(towers.spec.title.tokenizer_json, "utf-8")
-    state = {name: tensor.contiguous() for name, tensor in towers.named_state()}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(state, unfinished)
-    unfinished.replace(path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished") as unfinished:
+        state = stored(dict(towers.named_state()))
+        save_torch_state_dict(state, unfinished, max_shard_size=LARGEST_FILE)
+        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == INDEX_FILE):
+            path.replace(folder / path.name)
+
+
+def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in the smaller of its type and half precision that loses nothing, once."""
+    first: dict[int, str] = {}
+    out = {}
+    for name, tensor in state.items():
+        if tensor.numel() and first.setdefault(tensor.data_ptr(), name) != name:
+            continue
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        out[name] = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+    return out
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: not found; a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
-        )
+        raise CheckpointError(f"{path}: not found; {EXPECTED}")
     return path.read_text("utf-8")
 
 

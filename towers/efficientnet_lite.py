@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a grid of features, in plain PyTorch.
+"""EfficientNet-Lite0 as a picture's pooled features, in plain PyTorch.
 
 Architecture: Tan and Le, "EfficientNet", ICML 2019, in its "Lite" form (no squeeze-and-excite,
 ReLU6, stem and head not scaled). Layer names follow the public PyTorch weights, so that these
@@ -7,6 +7,7 @@ load with `strict=True`. TensorFlow's SAME padding is kept: the weights were tra
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,10 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM_CHANNELS = 32
-GRID_CHANNELS = 1280
+HEAD_CHANNELS = 1280
+EARLY_BLOCKS = (0, 2, 4, 10)
+"""Whose outputs are pooled too: the last layer has lost much of what colour and texture were."""
+POOLED_FEATURES = HEAD_CHANNELS + 16 + 24 + 40 + 112
 BATCH_NORM_EPS = 1e-3  # TensorFlow's value, not PyTorch's
 
 
@@ -64,7 +68,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures → a grid of features."""
+    """Pictures → features of every depth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,13 +81,16 @@ class EfficientNetLite0(nn.Module):
                 block = InvertedResidual(channels, out, kernel, stride if i == 0 else 1, expansion)
                 self._blocks.append(block)
                 channels = out
-        self._conv_head = SameConv(channels, GRID_CHANNELS, 1)
-        self._bn1 = nn.BatchNorm2d(GRID_CHANNELS, BATCH_NORM_EPS)
+        self._conv_head = SameConv(channels, HEAD_CHANNELS, 1)
+        self._bn1 = nn.BatchNorm2d(HEAD_CHANNELS, BATCH_NORM_EPS)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised float32 (B, 3, H, W) → float32 (B, H/32 · W/32, 1280)."""
+        """Normalised float32 (B, 3, H, W) → float32 (B, 1472): means over the whole picture."""
         x = F.relu6(self._bn0(self._conv_stem(image)))  # (B, 32, H/2, W/2)
-        for block in self._blocks:
+        early = []
+        for number, block in enumerate(self._blocks):
             x = block(x)
+            if number in EARLY_BLOCKS:
+                early.append(x.mean((2, 3)))
         x = F.relu6(self._bn1(self._conv_head(x)))  # (B, 1280, H/32, W/32)
-        return x.flatten(2).transpose(1, 2)  # (B, G, 1280)
+        return torch.cat([x.mean((2, 3)), *early], -1)

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from retrieval_contract.errors import RetrievalError, SourceError
-from towers.checkpoint import load_towers
+from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
+from towers.learning.baselines import baselines
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.metrics import (
     Figures,
@@ -30,9 +31,8 @@ from towers.learning.metrics import (
 )
 from towers.learning.page import write_page
 from towers.learning.split import sides_of
-from towers.learning.systems import BM25, System, Towers
+from towers.learning.systems import System, systems_of
 from towers.learning.views import VIEWS
-from towers.pretrained import pretrained_make
 
 HEADLINE = "ndcg@10"
 KNOWN_ITEM = "known_item_hit@10"
@@ -130,25 +130,37 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m towers.evaluate", description=__doc__)
     top.add_argument("--data", type=Path, action="append", required=True, help="a data folder")
-    top.add_argument("--checkpoint", default="build/checkpoints/make", help="folder or hub name")
-    top.add_argument("--side", choices=["train", "dev", "test", "all"], default="all")
+    top.add_argument("--checkpoint", default=str(SHIPPED), help="folder or hub name")
+    top.add_argument(
+        "--side",
+        choices=["train", "dev", "test", "all"],
+        help="default: test for the folder that the checkpoint was trained on, all for others",
+    )
     top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
     top.add_argument("--out", type=Path, default=Path("build/evaluation"))
     return top
 
 
+def side_of(folder: Path, checkpoint: str) -> str:
+    """Products that the checkpoint was trained on are not asked about."""
+    path = Path(checkpoint) / TRAINING_FILE
+    if not path.is_file():
+        return "all"
+    trained = json.loads(path.read_text("utf-8"))
+    same = trained["products_sha256"] == file_hash(folder / "products.parquet")
+    return "test" if same and trained["side"] == "train" else "all"
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every folder; returns the report."""
-    systems: list[System] = [
-        BM25(),
-        Towers("pretrained", pretrained_make()),
-        Towers("make", load_towers(args.checkpoint)),
-    ]
+    systems = systems_of(load_towers(args.checkpoint), baselines())
     report = {}
     for folder in args.data:
         data = read_data(folder)
-        if args.side != "all":
-            data = data.select(sides_of(data)[args.side])
+        side = args.side or side_of(folder, args.checkpoint)
+        console.print(f"{folder}: side {side}", markup=False)
+        if side != "all":
+            data = data.select(sides_of(data)[side])
         if not data.queries:
             raise SourceError(f"{folder}: expected queries.csv with judgements, found none")
         found = evaluate(data, systems, args.slice or list(VIEWS))
@@ -157,8 +169,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if any(data.images) and "all" in found["make"]:
             named = {system.name: system for system in systems}
             shown = [named[best_baseline(found, "make")], named["make"]]
-            write_page(data, shown, args.out / f"{data.name}.html", SAMPLES, SHOWN)
-            console.print(f"page: {args.out / data.name}.html", markup=False)
+            page = args.out / f"{data.name}.html"
+            write_page(data, shown, page, SAMPLES, SHOWN)
+            console.print(f"page: {page}", markup=False)
     return report
 
 

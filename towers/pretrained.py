@@ -1,8 +1,8 @@
 """python -m towers.pretrained --out DIR: an untrained MAKE checkpoint from public weights.
 
 Text: all-MiniLM-L6-v2 (Apache-2.0) in both text encoders. Image: EfficientNet-Lite0 (ImageNet,
-Apache-2.0). Fusion: starts as "title decides"; the picture's projection is seeded noise until
-it is trained, so pictures without a title find each other but not words.
+Apache-2.0). Fusion: the title decides; the picture's head is seeded noise until it is trained
+(python -m towers.train), so pictures without a title find each other but not words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from retrieval_contract.errors import CheckpointError, RetrievalError
 from towers.checkpoint import save_make
@@ -67,16 +66,10 @@ def pretrained_make(vector_dim: int | None = None) -> Make:
         encoder.bert.load_state_dict(weights)
     image = torch.load(package_folder(IMAGE_PACKAGE) / IMAGE_WEIGHTS, weights_only=True)
     towers.image_encoder.load_state_dict({k: v for k, v in image.items() if "_fc." not in k})
-    start_projection(towers.projection)
+    # Nothing is known of pictures yet: 0.95 = softmax(3, 0) on the title.
+    with torch.no_grad():
+        towers.heads.fusion.gate.bias[0] = 3.0
     return towers.eval()
-
-
-def start_projection(projection: nn.Linear) -> None:
-    """Identity where the sizes allow it, else a seeded orthogonal matrix."""
-    if projection.in_features == projection.out_features:
-        nn.init.eye_(projection.weight)
-    else:
-        nn.init.orthogonal_(projection.weight)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class TrainingQuery:
 class QueryMaker:
     """Draws one query for a product. The evaluation's combinations never occur.
 
-    `columns` are the attributes to ask by; values like "" or "NA" are never asked for.
+    `columns` are the attributes to ask by; values that say nothing are never asked for.
     """
 
     def __init__(self, data: ProductData, columns: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class QueryMaker:
 
     def _named(self, row: int) -> list[tuple[str, str]]:
         pairs = [(name, self.data.attributes[name][row]) for name in self.columns]
-        return [(name, value) for name, value in pairs if value not in ("", "NA", "None")]
+        return [(name, value) for name, value in pairs if is_value(value)]
 
     def _of_attributes(self, named: list[tuple[str, str]], rng: random.Random) -> TrainingQuery:
         chosen = rng.sample(named, min(len(named), rng.randint(1, 3)))
@@ -69,6 +69,11 @@ class QueryMaker:
             gone = set(words_of(rng.choice(there)))
             words = [word for word in words if not gone & set(words_of(word))] or words[:1]
         return spoil([word.lower() for word in words], rng)
+
+
+def is_value(value: str) -> bool:
+    """Whether an attribute's value says something."""
+    return value not in ("", "NA", "None")
 
 
 def _phrase(name: str, value: str, rng: random.Random) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import bm25s
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from towers.heads import Heads
 from towers.learning.catalog import ProductData
+from towers.learning.encoders import Encoders
 from towers.learning.metrics import Scores
 from towers.learning.words import words_of
+from towers.make import Make
+from towers.pretrained import pretrained_make
 from towers.two_towers import TwoTowers, unit
 
 BATCH = 64
@@ -54,8 +59,62 @@ class BM25:
         return np.stack(rows).astype(np.float32)
 
 
+class TrainedHeads:
+    """Heads on the features of a MAKE's encoders; `asked` encodes queries for them."""
+
+    def __init__(
+        self, name: str, heads: Heads, encoders: Encoders, asked: Callable[[Sequence[str]], Tensor]
+    ) -> None:
+        self.name, self.heads, self.encoders = name, heads.eval(), encoders
+        self.asked = asked
+
+    @torch.inference_mode()
+    def scores(
+        self, data: ProductData, queries: Sequence[str], progress: Progress = lambda rows: None
+    ) -> Scores:
+        """See System."""
+        titles = self.encoders.titles(data.titles, progress)
+        pictures = self.encoders.pictures(data.images)
+        has_title = (titles.abs().sum(1, keepdim=True) > 0).float()
+        has_picture = (pictures.abs().sum(1, keepdim=True) > 0).float()
+        vectors = unit(self.heads.product(titles, has_title, pictures, has_picture))
+        vectors = vectors * torch.maximum(has_title, has_picture)
+        return (unit(self.heads.query(self.asked(queries))) @ vectors.T).numpy()
+
+
+def systems_of(towers: TwoTowers, baselines: Mapping[str, Heads]) -> list[System]:
+    """BM25, the pretrained text encoder, each of the baselines, and `towers` under "make".
+
+    Baselines stand on the public encoders and ask by the whole text encoder. Where `towers` are a
+    MAKE on the same encoders, every product is encoded once for all of them.
+    """
+    public = pretrained_make()
+    ours = isinstance(towers, Make) and same_encoders(towers, public)
+    encoders = Encoders(towers if ours and isinstance(towers, Make) else public)
+    width, features = public.heads.title_head.width, public.heads.image_head.features
+    untrained = {"pretrained": Heads("title", width, features, 1, width)}
+    systems: list[System] = [BM25()]
+    for name, heads in (untrained | dict(baselines)).items():
+        systems.append(TrainedHeads(name, heads, encoders, encoders.titles))
+    if not isinstance(towers, Make):
+        return [*systems, Towers("make", towers)]
+    of_make = encoders if ours else Encoders(towers)
+    return [*systems, TrainedHeads("make", towers.heads, of_make, of_make.queries)]
+
+
+def same_encoders(one: Make, other: Make) -> bool:
+    """Whether titles and pictures are encoded alike, but for rounding to half precision."""
+    a, b = (
+        {n: t for n, t in towers.named_state() if n.startswith(("title_text.", "image_encoder."))}
+        for towers in (one, other)
+    )
+    return a.keys() == b.keys() and all(
+        a[n].shape == b[n].shape and torch.equal(a[n].half(), b[n].half()) for n in a
+    )
+
+
 class Towers:
-    """A pair of towers, fed by the very preprocessing that serves them."""
+    """Any pair of towers, fed by the very preprocessing that serves them."""
 
     def __init__(self, name: str, towers: TwoTowers) -> None:
         self.name, self.towers = name, towers.eval()

@@ -1,0 +1,77 @@
+"""The checkpoint that the repository ships: its size, its parts, what it finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.demo import REAL_CATALOG
+from tests.conftest import ROOT
+from towers.checkpoint import SHIPPED, TRAINING_FILE, load_towers
+from towers.evaluate import evaluate, side_of
+from towers.learning.baselines import BASELINES, baselines
+from towers.learning.catalog import read_data
+from towers.learning.split import sides_of
+from towers.learning.systems import same_encoders, systems_of
+from towers.make import Make
+from towers.pretrained import pretrained_make
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Make:
+    towers = load_towers(str(SHIPPED))
+    assert isinstance(towers, Make)
+    return towers
+
+
+def test_it_keeps_to_its_size() -> None:
+    sizes = {path.name: path.stat().st_size for path in SHIPPED.iterdir()}
+    assert sum(sizes.values()) <= 70 * MEGABYTE
+    assert max(sizes.values()) < 50 * MEGABYTE
+
+
+def test_its_query_encoder_is_the_smaller_one(shipped: Make) -> None:
+    layers = [len(t.bert.encoder.layer) for t in (shipped.query_text, shipped.title_text)]
+    assert layers[0] in (2, 3)
+    assert layers[1] == 6
+    assert shipped.config.fusion == "modal_adaptation"
+
+
+def test_its_other_encoders_are_the_public_ones(shipped: Make) -> None:
+    """So baselines and MAKE see the same features."""
+    assert same_encoders(shipped, pretrained_make())
+
+
+def test_baselines_are_shipped_with_it() -> None:
+    assert list(baselines()) == list(BASELINES)
+
+
+def test_what_it_was_trained_on_is_not_asked_about(tmp_path: Path) -> None:
+    facts = json.loads((SHIPPED / TRAINING_FILE).read_text("utf-8"))
+    assert facts["side"] == "train"
+    assert facts["data"] == "fashion_products_small"
+    (tmp_path / "products.parquet").write_bytes(b"another catalog")
+    assert side_of(tmp_path, str(SHIPPED)) == "all"
+
+
+@pytest.mark.skipif(not REAL_CATALOG.is_dir(), reason="the real product catalog is not there")
+def test_it_finds_what_titles_do_not_say(shipped: Make) -> None:
+    """Every sixth product of the side that was never trained on."""
+    assert side_of(REAL_CATALOG, str(SHIPPED)) == "test"
+    data = read_data(REAL_CATALOG)
+    data = data.select(sides_of(data)["test"][::6])
+    slices = ["all", "colour_not_in_title"]
+    found = {
+        name: {part: figures["ndcg@10"].mean() for part, figures in of_slices.items()}
+        for name, of_slices in evaluate(data, systems_of(shipped, baselines()), slices).items()
+    }
+    best = found["make"]
+    assert best["all"] > 1.1 * max(found["bm25"]["all"], found["pretrained"]["all"])
+    assert best["all"] > found["mean"]["all"]
+    assert best["colour_not_in_title"] > 1.3 * found["title"]["colour_not_in_title"]
+    card = (ROOT / "towers" / "weights" / "make" / "README.md").read_text("utf-8")
+    assert "ndcg@10" in card.lower()

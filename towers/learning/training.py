@@ -1,0 +1,229 @@
+"""The heads' training: contrastive, on features that were computed once.
+
+    L = ½ (CE(s q pᵀ) + CE(s p qᵀ))      over a batch, s learned, held negatives taken out
+      + prototypes · CE(s p kᵀ)          each product among all values k of each attribute
+      + general · |q_g t_gᵀ − x_g y_gᵀ|² texts on other subjects keep the similarities they had
+
+The first line is InfoNCE (van den Oord et al., arXiv 1807.03748) in CLIP's symmetric form (Radford
+et al., arXiv 2103.00020). Modalities are spoiled and dropped at random, with flags that say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrieval_contract.errors import CheckpointError
+from towers.heads import Heads
+from towers.learning.examples import Examples
+from towers.learning.keywords import Keywords, Prototypes
+from towers.two_towers import unit
+
+HOTTEST = 100.0
+GENERAL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what heads come out; shares and weights are in [0, 1]."""
+
+    fusion: str = "modal_adaptation"
+    keywords: str = "attributes"
+    epochs: int = 24
+    batch: int = 1024
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    temperature: float = 0.05
+    colour_cut: float = 0.3
+    first_word: float = 0.1
+    blank: float = 0.1
+    dropped: float = 0.1
+    prototypes: float = 0.5
+    general: float = 1.0
+    neighbours: int = 0
+    dropout: float = 0.0
+    head_width: int = 384
+    vector_dim: int = 384
+    seed: int = 0
+
+
+def new_heads(recipe: Recipe, examples: Examples) -> Heads:
+    """Untrained; the picture's features are standardised over the examples."""
+    torch.manual_seed(recipe.seed)
+    width, features = examples.titles.shape[-1], examples.pictures.shape[-1]
+    heads = Heads(recipe.fusion, width, features, recipe.head_width, recipe.vector_dim)
+    there = examples.pictures[examples.has_picture[:, 0] > 0]
+    if len(there) > 1:
+        heads.image_head.mean.copy_(there.mean(0))
+        heads.image_head.std.copy_(there.std(0) + 1e-4)
+    return heads
+
+
+class Trainer:
+    """One run; `state` of it can be kept after every epoch and taken up again."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        examples: Examples,
+        keywords: Keywords,
+        prototypes: Prototypes,
+        start: Heads | None = None,
+    ) -> None:
+        self.recipe, self.examples = recipe, examples
+        self.keywords, self.prototypes = keywords, prototypes
+        self.heads = start or new_heads(recipe, examples)
+        for module in self.heads.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = recipe.dropout
+        self.scale = torch.nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
+        self.batch = min(recipe.batch, len(examples))
+        self.steps = len(examples) // self.batch
+        self.optimizer = torch.optim.AdamW(
+            [*self.heads.parameters(), self.scale],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+        )
+        total = recipe.epochs * self.steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda n: min(1.0, (n + 1) / (total / 20)) * (1 + math.cos(math.pi * n / total)) / 2,
+        )
+        self.epoch = 0
+
+    def run(self, state: Path | None = None, told: Callable[[int, float], None] = print) -> Heads:
+        """Train to the end; `told(epochs done, loss)` after each epoch, when `state` is whole."""
+        if state and state.is_file():
+            self._take_up(state)
+        while self.epoch < self.recipe.epochs:
+            loss = self._run_epoch()
+            self.epoch += 1
+            if state:
+                self._keep(state)
+            told(self.epoch, loss)
+        return self.heads.eval()
+
+    def _keep(self, path: Path) -> None:
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(
+            {
+                "recipe": asdict(self.recipe),
+                "epoch": self.epoch,
+                "heads": self.heads.state_dict(),
+                "scale": self.scale.data,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            },
+            unfinished,
+        )
+        unfinished.replace(path)
+
+    def _take_up(self, path: Path) -> None:
+        kept = torch.load(path, weights_only=True)
+        if kept["recipe"] != asdict(self.recipe):
+            raise CheckpointError(
+                f"{path}: expected a run of this recipe, got one of {kept['recipe']}; delete it, "
+                "or give another --out"
+            )
+        self.epoch = kept["epoch"]
+        self.heads.load_state_dict(kept["heads"])
+        self.scale.data = kept["scale"]
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.schedule.load_state_dict(kept["schedule"])
+
+    def _run_epoch(self) -> float:
+        # Seeded by the epoch: a run that was cut and taken up draws what it would have drawn.
+        seed = self.recipe.seed * 100_003 + self.epoch
+        torch.manual_seed(seed)  # dropout
+        chance = torch.Generator().manual_seed(seed)
+        self.heads.train()
+        order = self._order(chance)
+        losses = []
+        for start in range(0, self.steps * self.batch, self.batch):
+            loss = self._loss(order[start : start + self.batch], chance)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
+
+    def _order(self, chance: torch.Generator) -> Tensor:
+        """Of the rows: at random, or by groups of neighbours under the current model."""
+        order = torch.randperm(len(self.examples), generator=chance)
+        if not self.recipe.neighbours or not self.epoch:
+            return order
+        vectors = self._vectors()
+        left = torch.ones(len(order), dtype=torch.bool)
+        groups = []
+        for row in order.tolist():
+            if left[row]:
+                near = (vectors @ vectors[row]).masked_fill(~left, -2.0)
+                group = near.topk(min(self.recipe.neighbours, int(left.sum()))).indices
+                left[group] = False
+                groups.append(group)
+        mixed = torch.randperm(len(groups), generator=chance).tolist()
+        return torch.cat([groups[at] for at in mixed])
+
+    @torch.no_grad()
+    def _vectors(self) -> Tensor:
+        e = self.examples
+        self.heads.eval()
+        vectors = unit(self.heads.product(e.titles[0], e.has_title, e.pictures, e.has_picture))
+        self.heads.train()
+        return vectors
+
+    def _loss(self, rows: Tensor, chance: torch.Generator) -> Tensor:
+        draw = self.epoch % len(self.examples.draws)
+        scale = self.scale.exp().clamp(max=HOTTEST)
+        products = unit(self.heads.product(*self._spoiled(rows, chance)))
+        queries = unit(self.heads.query(self.examples.queries[draw, rows]))
+        right = torch.arange(len(rows))
+        held = self.keywords.held(draw, rows) & ~torch.eye(len(rows), dtype=torch.bool)
+        scores = (scale * queries @ products.T).masked_fill(held, -1e4)
+        loss = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+        if self.recipe.prototypes:
+            values = [unit(self.heads.query(v)) for v in self.prototypes.features]
+            loss = loss + self.recipe.prototypes * self.prototypes.loss(
+                rows, [scale * products @ v.T for v in values]
+            )
+        if self.recipe.general:
+            loss = loss + self.recipe.general * self._general_loss(chance)
+        return loss
+
+    def _spoiled(self, rows: Tensor, chance: torch.Generator) -> tuple[Tensor, ...]:
+        """Title features, their flags, picture features, their flags: some cut, blank or gone."""
+        e, recipe, count = self.examples, self.recipe, len(rows)
+        u = torch.rand(count, generator=chance)
+        cut = (u < recipe.colour_cut).long()
+        first = ((u >= recipe.colour_cut) & (u < recipe.colour_cut + recipe.first_word)).long()
+        titles = e.titles[cut + 2 * first, rows]
+        blank = torch.rand(count, 1, generator=chance) < recipe.blank
+        pictures = torch.where(blank, e.blank, e.pictures[rows])
+        u = torch.rand(count, 1, generator=chance)
+        no_title = (u < recipe.dropped) & (e.has_picture[rows] > 0)
+        no_picture = (u > 1 - recipe.dropped) & (e.has_title[rows] > 0)
+        return (
+            titles,
+            e.has_title[rows] * ~no_title,
+            pictures,
+            e.has_picture[rows] * ~no_picture,
+        )
+
+    def _general_loss(self, chance: torch.Generator) -> Tensor:
+        e = self.examples
+        rows = torch.randint(len(e.general_titles), (GENERAL_BATCH,), generator=chance)
+        queries, titles = e.general_queries[rows], e.general_titles[rows]
+        there = torch.ones(len(rows), 1)
+        nothing = torch.zeros(len(rows), e.pictures.shape[1])
+        products = unit(self.heads.product(titles, there, nothing, 0 * there))
+        now = unit(self.heads.query(queries)) @ products.T
+        before = unit(queries) @ unit(titles).T
+        return (now - before).square().mean() * HOTTEST

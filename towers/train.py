@@ -1,0 +1,254 @@
+"""python -m towers.train --data DIR --out CHECKPOINT: MAKE, trained on a catalog's own products.
+
+The encoders stay as they are and are run once; small heads are trained on what they say, then a
+query encoder with fewer layers is taught to say the same. Killed, it goes on where it was. The
+catalog's held-out groups are not trained on (`towers/learning/split.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from retrieval_contract.errors import CheckpointError, RetrievalError, SourceError
+from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make
+from towers.heads import FUSIONS, Heads
+from towers.learning.catalog import ProductData, read_data
+from towers.learning.encoders import Advance, Encoders
+from towers.learning.examples import Examples, general_texts, make_examples
+from towers.learning.keywords import FORMS, Prototypes, keywords_of
+from towers.learning.split import sides_of
+from towers.learning.student import Lesson, Teaching, with_query_layers
+from towers.learning.training import Recipe, Trainer
+from towers.make import Make
+from towers.pretrained import pretrained_make
+from towers.two_towers import unit
+
+DRAWS, DRAWN_BY = 8, 0
+"""Queries a product, and the seed that they are drawn by: every run has the same."""
+WORK = Path("build/training")
+Module = TypeVar("Module", bound=torch.nn.Module)
+console = Console(stderr=True)
+
+
+class Bars:
+    """One progress bar a step; calling it starts the next."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def __call__(self, what: str, total: int) -> Advance:
+        task = self.progress.add_task(what, total=total, note="")
+        return lambda rows: self.progress.advance(task, rows)
+
+    def steps(self, what: str, total: int) -> Callable[[int, float], None]:
+        """A callback for (steps done, loss)."""
+        task = self.progress.add_task(what, total=total, note="")
+        return lambda done, loss: self.progress.update(
+            task, completed=done, note=f"loss {loss:.3f}"
+        )
+
+
+def asked_columns(data: ProductData, chosen: Sequence[str] | None) -> list[str]:
+    """The attributes that queries name: the chosen ones, else all there are."""
+    if unknown := set(chosen or ()) - set(data.attributes):
+        raise SourceError(
+            f"{data.name}: no attributes {sorted(unknown)}; it has {sorted(data.attributes)}"
+        )
+    return list(chosen or data.attributes)
+
+
+def start_towers(where: str | None) -> Make:
+    """The checkpoint to start from; none: the public pretrained encoders."""
+    if where is None:
+        return pretrained_make()
+    towers = load_towers(where)
+    if not isinstance(towers, Make):
+        raise CheckpointError(f"{where}: expected a MAKE checkpoint, got {type(towers).__name__}")
+    return towers
+
+
+def with_heads(towers: Make, heads: Heads, recipe: Recipe) -> Make:
+    """The same encoders behind these heads."""
+    config = replace(
+        towers.config,
+        fusion=recipe.fusion,
+        head_width=recipe.head_width,
+        vector_dim=recipe.vector_dim,
+    )
+    made = Make(config, towers.spec.title.tokenizer_json)
+    state = {n: t for n, t in towers.state_dict().items() if not n.startswith("heads.")}
+    state |= {f"heads.{name}": tensor for name, tensor in heads.state_dict().items()}
+    made.load_state_dict(state)
+    return made.eval()
+
+
+def rounded(module: Module) -> Module:
+    """Matrices at half precision, which is how they are stored; vectors stay as they are."""
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.dim() > 1:
+                tensor.copy_(tensor.half().float())
+    return module
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every run on one catalog starts from."""
+
+    columns: list[str]
+    towers: Make
+    encoders: Encoders
+    general: list[str]
+    examples: Examples
+
+
+def prepare(args: argparse.Namespace, bars: Bars) -> Material:
+    """Read the catalog and encode it, or take from `args.work` what an earlier run encoded."""
+    data = read_data(args.data)
+    columns = asked_columns(data, args.attribute)
+    if not args.everything:
+        data = data.select(sides_of(data)["train"])
+    towers = start_towers(args.start)
+    titles = [title for folder in args.general for title in read_data(folder).titles]
+    general = general_texts(vocabulary_of(towers), titles, args.general_texts, DRAWN_BY)
+    encoders = Encoders(towers, args.work / "features")
+    examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
+    return Material(columns, towers, encoders, general, examples)
+
+
+def train_heads(
+    recipe: Recipe,
+    material: Material,
+    told: Callable[[int, float], None],
+    state: Path | None = None,
+    start: Heads | None = None,
+) -> tuple[Heads, float]:
+    """Heads by this recipe, and the scale that was learned beside them."""
+    examples, columns = material.examples, material.columns
+    keywords = keywords_of(recipe.keywords, examples, columns)
+    prototypes = Prototypes(examples, material.encoders, columns)
+    trainer = Trainer(recipe, examples, keywords, prototypes, start)
+    return trainer.run(state, told), float(trainer.scale.detach().exp())
+
+
+def teach(
+    towers: Make, material: Material, lesson: Lesson, bars: Bars, state: Path | None = None
+) -> Make:
+    """The same towers with a query encoder of fewer layers."""
+    e = material.examples
+    texts = sorted({query.text for draw in e.draws for query in draw} | set(material.general))
+    features = material.encoders.queries(texts, bars("lesson", len(texts)))
+    with torch.no_grad():
+        taught = unit(towers.heads.query(features))
+        products = unit(towers.heads.product(e.titles[0], e.has_title, e.pictures, e.has_picture))
+    teaching = Teaching(with_query_layers(towers, lesson.layers), texts, taught, products, lesson)
+    told = bars.steps(f"query encoder of {lesson.layers} layers", teaching.total)
+    return teaching.run(state, told)
+
+
+def add_material_flags(top: argparse.ArgumentParser) -> None:
+    """Of every command that trains on a catalog."""
+    top.add_argument("--data", type=Path, required=True, help="a data folder")
+    top.add_argument("--start", help="a MAKE checkpoint to go on from; default: public weights")
+    top.add_argument("--attribute", action="append", help="queries name these; default: all")
+    top.add_argument(
+        "--general",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="data folders whose titles keep the heads honest about other subjects",
+    )
+    top.add_argument("--general-texts", type=int, default=20_000, help="how many of them")
+    top.add_argument("--everything", action="store_true", help="train on held-out groups as well")
+    top.add_argument("--work", type=Path, help="what is kept between runs", default=WORK)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m towers.train", description=__doc__)
+    add_material_flags(top)
+    top.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    top.add_argument("--query-layers", type=int, help="default: as the start has, 3 at most")
+    top.add_argument("--fusion", choices=list(FUSIONS), default=Recipe.fusion)
+    top.add_argument("--keywords", choices=FORMS, default=Recipe.keywords)
+    top.add_argument("--epochs", type=int, default=Recipe.epochs)
+    top.add_argument("--rounds", type=int, default=Lesson.rounds, help="of the query encoder")
+    top.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Train, teach, save; returns what the last line says."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    bars = Bars()
+    with bars.progress:
+        material = prepare(args, bars)
+        towers = material.towers
+        recipe = Recipe(
+            fusion=args.fusion,
+            keywords=args.keywords,
+            epochs=args.epochs,
+            seed=args.seed,
+            head_width=towers.config.head_width,
+            vector_dim=towers.config.vector_dim,
+        )
+        goes_on = args.start and towers.config.fusion == recipe.fusion
+        told = bars.steps("heads", recipe.epochs)
+        heads, scale = train_heads(
+            recipe, material, told, args.work / "heads.pt", towers.heads if goes_on else None
+        )
+        made = with_heads(towers, heads, recipe)
+        has = len(towers.query_text.bert.encoder.layer)
+        lesson = Lesson(
+            args.query_layers or min(has, Lesson.layers), args.rounds, scale=scale, seed=args.seed
+        )
+        if lesson.layers < has:
+            made = teach(made, material, lesson, bars, args.work / "student.pt")
+    save_make(rounded(made), args.out)
+    facts = {
+        "data": args.data.name,
+        "products_sha256": file_hash(args.data / "products.parquet"),
+        "side": "all" if args.everything else "train",
+        "products": len(material.examples),
+        "attributes": material.columns,
+        "recipe": asdict(recipe),
+        "lesson": asdict(lesson),
+        "torch": torch.__version__.split("+")[0],
+    }
+    (args.out / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    return {"checkpoint": str(args.out), "release": made.release().release_id} | facts
+
+
+def vocabulary_of(towers: Make) -> list[str]:
+    """The whole words that its tokenizer knows."""
+    return list(json.loads(towers.spec.title.tokenizer_json)["model"]["vocab"])
+
+
+def main() -> None:
+    """Command line."""
+    args = parser().parse_args()
+    try:
+        print(json.dumps(run(args)))
+    except RetrievalError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()
