@@ -1,4 +1,4 @@
-"""The real parts as fixtures: a release from pretrained weights, Triton, Milvus Lite.
+"""The real parts as fixtures: a release of the shipped checkpoint, Triton, Milvus Lite.
 
 Everything binds to loopback on free ports and is stopped at the end of the session.
 """
@@ -21,8 +21,8 @@ from deploy.demo import REAL_CATALOG
 from export.publish import publish
 from retrieval_client import Catalog, Encoder, ProductRow, Settings
 from retrieval_contract.release import Release
+from towers.checkpoint import SHIPPED, load_make
 from towers.make import Make
-from towers.pretrained import pretrained_make
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,8 +62,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def towers() -> Make:
-    """Untrained MAKE on its pretrained encoders."""
-    return pretrained_make()
+    """The MAKE that is shipped."""
+    return load_make(SHIPPED).eval()
 
 
 @pytest.fixture(scope="session")

@@ -120,10 +120,11 @@ def test_early_layers_are_part_of_a_pictures_features(towers: Make) -> None:
     assert torch.allclose(features[:, HEAD_CHANNELS:POOLED_FEATURES], means, atol=1e-6)
 
 
-def test_an_untrained_model_searches_by_title(towers: Make) -> None:
+def test_an_untrained_model_searches_by_title() -> None:
     """Both towers start as one text encoder, so a title is nearest to its own words."""
     from retrieval_contract.preprocess import TextPreprocessor
 
+    towers = pretrained_make()
     titles = [b"red dress for women", b"steel kitchen knife", b"navy blue running shoes"]
     side = towers.spec.title
     text = TextPreprocessor(side.tokenizer_json, side.spec, required=False)(titles)

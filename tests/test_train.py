@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,19 +19,20 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_contract.errors import CheckpointError, SourceError
+from retrieval_contract.errors import SourceError
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.checkpoint import load_towers, save_make
+from towers.checkpoint import SHIPPED, load_towers, save_make
 from towers.evaluate import evaluate
 from towers.heads import FUSIONS, Heads
 from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders
 from towers.learning.examples import general_texts, piece_of
 from towers.learning.keywords import AttributeKeywords, Prototypes, TitleKeywords
+from towers.learning.split import sides_of
 from towers.learning.student import Lesson, evenly, with_query_layers
-from towers.learning.systems import Towers, TrainedHeads
+from towers.learning.systems import Towers, TrainedHeads, systems_of
 from towers.learning.training import Recipe, Trainer
 from towers.learning.views import colour_not_in_title
 from towers.make import Make
@@ -179,21 +182,24 @@ def test_training_finds_colours_that_titles_do_not_say(folder: Path, material: M
 
 
 def test_a_run_repeats_and_goes_on_where_it_was_cut(material: Material, tmp_path: Path) -> None:
-    whole = trainer(material).run(told=lambda epoch, loss: None).state_dict()
-    state = tmp_path / "heads.pt"
+    whole = trainer(material).run().state_dict()
 
     def cut(epoch: int, loss: float) -> None:
         if epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(material).run(state, cut)
+        trainer(material).run(tmp_path, cut)
     epochs: list[int] = []
-    taken_up = trainer(material).run(state, lambda epoch, loss: epochs.append(epoch)).state_dict()
+    taken_up = (
+        trainer(material).run(tmp_path, lambda epoch, loss: epochs.append(epoch)).state_dict()
+    )
     assert epochs == [3, 4]
     assert all(torch.equal(whole[name], taken_up[name]) for name in whole)
-    with pytest.raises(CheckpointError, match="expected a run of this recipe"):
-        trainer(material, replace(RECIPE, seed=1)).run(state, cut)
+    other = trainer(material, replace(RECIPE, seed=1))
+    assert other.run(tmp_path, lambda epoch, loss: epochs.append(epoch)) is other.heads
+    assert epochs == [3, 4, 1, 2, 3, 4], "a run of another recipe is another run"
+    trainer(material).run(tmp_path, lambda epoch, loss: pytest.fail("it was finished"))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -222,7 +228,7 @@ def test_a_student_comes_near_its_teacher(material: Material, tmp_path: Path) ->
             parameter *= 5
     before = teacher.title_text.bert.embeddings.word_embeddings.weight.clone()
     own = replace(material, towers=teacher, encoders=Encoders(teacher))
-    student = teach(teacher, own, Lesson(layers=1, batch=64), Bars(), tmp_path / "student.pt")
+    student = teach(teacher, own, Lesson(layers=1, batch=64), Bars(), tmp_path)
     texts = [query.text for query in material.examples.draws[1]]
     wanted = teacher.heads.query(Encoders(teacher).queries(texts))
 
@@ -251,7 +257,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(folder: Path, start: Path, tmp_
     process = subprocess.Popen(
         command(folder, start, out), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    while not (out / "work" / "heads.pt").is_file() and process.poll() is None:
+    while not [*out.glob("work/runs/heads-*.pt")] and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -282,3 +288,28 @@ def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -
     assert done.returncode == 1
     assert "products.parquet: not found" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_documented_commands(folder: Path, tmp_path: Path) -> None:
+    """From the shipped checkpoint, on another catalog; then it finds more of what titles hide."""
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    lines = re.findall(r"^\$ \.venv/bin/python (.*)$", text, re.MULTILINE)[:2]
+    reports = []
+    for line in lines:
+        words = line.replace("my_catalog", str(folder)).replace("build/my_towers", str(tmp_path))
+        few = ["--work", str(tmp_path / "work"), "--general-texts", "300", "--epochs", "8"]
+        flags = few if "towers.train" in line else ["--out", str(tmp_path / "page")]
+        done = subprocess.run(
+            [sys.executable, *shlex.split(words), *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout.splitlines()[-1]))
+    training, evaluation = reports[0], reports[1][str(folder)]
+    assert training["recipe"]["epochs"] == 8
+    data = read_data(folder)
+    data = data.select(sides_of(data)["test"])
+    shipped = load_towers(str(SHIPPED))
+    (before,) = evaluate(data, [systems_of(shipped, {})[-1]], ["colour_not_in_title"]).values()
+    hidden = "colour_not_in_title"
+    assert evaluation["make"][hidden]["queries"] == len(before[hidden]["ndcg@10"])
+    assert evaluation["make"][hidden]["ndcg@10"] > before[hidden]["ndcg@10"].mean()

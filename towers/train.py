@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +27,7 @@ from towers.learning.examples import Examples, general_texts, make_examples
 from towers.learning.keywords import FORMS, Prototypes, keywords_of
 from towers.learning.split import sides_of
 from towers.learning.student import Lesson, Teaching, with_query_layers
-from towers.learning.training import Recipe, Trainer
+from towers.learning.training import Recipe, Told, Trainer
 from towers.make import Make
 from towers.pretrained import pretrained_make
 from towers.two_towers import unit
@@ -56,7 +56,7 @@ class Bars:
         task = self.progress.add_task(what, total=total, note="")
         return lambda rows: self.progress.advance(task, rows)
 
-    def steps(self, what: str, total: int) -> Callable[[int, float], None]:
+    def steps(self, what: str, total: int) -> Told:
         """A callback for (steps done, loss)."""
         task = self.progress.add_task(what, total=total, note="")
         return lambda done, loss: self.progress.update(
@@ -135,8 +135,8 @@ def prepare(args: argparse.Namespace, bars: Bars) -> Material:
 def train_heads(
     recipe: Recipe,
     material: Material,
-    told: Callable[[int, float], None],
-    state: Path | None = None,
+    told: Told,
+    folder: Path | None = None,
     start: Heads | None = None,
 ) -> tuple[Heads, float]:
     """Heads by this recipe, and the scale that was learned beside them."""
@@ -144,11 +144,11 @@ def train_heads(
     keywords = keywords_of(recipe.keywords, examples, columns)
     prototypes = Prototypes(examples, material.encoders, columns)
     trainer = Trainer(recipe, examples, keywords, prototypes, start)
-    return trainer.run(state, told), float(trainer.scale.detach().exp())
+    return trainer.run(folder, told), float(trainer.scale.detach().exp())
 
 
 def teach(
-    towers: Make, material: Material, lesson: Lesson, bars: Bars, state: Path | None = None
+    towers: Make, material: Material, lesson: Lesson, bars: Bars, folder: Path | None = None
 ) -> Make:
     """The same towers with a query encoder of fewer layers."""
     e = material.examples
@@ -159,7 +159,7 @@ def teach(
         products = unit(towers.heads.product(e.titles[0], e.has_title, e.pictures, e.has_picture))
     teaching = Teaching(with_query_layers(towers, lesson.layers), texts, taught, products, lesson)
     told = bars.steps(f"query encoder of {lesson.layers} layers", teaching.total)
-    return teaching.run(state, told)
+    return teaching.run(folder, told)
 
 
 def add_material_flags(top: argparse.ArgumentParser) -> None:
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         goes_on = args.start and towers.config.fusion == recipe.fusion
         told = bars.steps("heads", recipe.epochs)
         heads, scale = train_heads(
-            recipe, material, told, args.work / "heads.pt", towers.heads if goes_on else None
+            recipe, material, told, args.work / "runs", towers.heads if goes_on else None
         )
         made = with_heads(towers, heads, recipe)
         has = len(towers.query_text.bert.encoder.layer)
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             args.query_layers or min(has, Lesson.layers), args.rounds, scale=scale, seed=args.seed
         )
         if lesson.layers < has:
-            made = teach(made, material, lesson, bars, args.work / "student.pt")
+            made = teach(made, material, lesson, bars, args.work / "runs")
     save_make(rounded(made), args.out)
     facts = {
         "data": args.data.name,

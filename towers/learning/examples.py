@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +44,14 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the products, the drawn queries and the encoders that saw them."""
+        texts = [self.data.ids, self.data.titles, [[q.text for q in d] for d in self.draws]]
+        digest = hashlib.sha256(json.dumps([texts, self.data.attributes]).encode())
+        digest.update(self.titles[0].numpy().tobytes() + self.pictures.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def cut_titles(data: ProductData) -> tuple[list[str], list[str]]:

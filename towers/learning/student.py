@@ -10,16 +10,20 @@ with the title encoder and stay.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retrieval_contract.preprocess import TextPreprocessor
+from towers.learning.training import Told, keep
 from towers.make import Make
 from towers.two_towers import unit
 
@@ -77,7 +81,7 @@ class Teaching:
         learns = [*student.query_text.bert.encoder.parameters()]
         learns += student.heads.query_head.parameters()
         self.optimizer = torch.optim.AdamW(learns, lr=lesson.learning_rate, weight_decay=0.01)
-        self.total = lesson.rounds * (len(texts) // self._batch())
+        self.total = sum(1 for _ in self._batches())
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lesson.learning_rate, total_steps=self.total + 1, pct_start=0.1
         )
@@ -86,19 +90,25 @@ class Teaching:
     def _batch(self) -> int:
         return min(self.lesson.batch, len(self.texts))
 
-    def run(self, state: Path | None = None, told: Callable[[int, float], None] = print) -> Make:
-        """Teach to the end; `told(step, loss)` after each."""
-        if state and state.is_file():
-            self._take_up(state)
+    def run(self, folder: Path | None = None, told: Told = lambda step, loss: None) -> Make:
+        """Teach to the end; kept and taken up as with Trainer.run, but by steps."""
+        path = self._path(folder) if folder else None
+        if path and path.is_file():
+            self._take_up(torch.load(path, weights_only=True))
         for number, rows in enumerate(self._batches()):
             if number < self.step:
                 continue
             loss = self._learn(rows, torch.Generator().manual_seed(number))
             self.step += 1
-            if state and self.step % KEPT_EVERY == 0:
-                self._keep(state)
+            if path and (self.step % KEPT_EVERY == 0 or self.step == self.total):
+                keep(path, self._state())
             told(self.step, loss)
         return self.student.eval()
+
+    def _path(self, folder: Path) -> Path:
+        digest = hashlib.sha256(json.dumps([asdict(self.lesson), list(self.texts)]).encode())
+        digest.update(self.taught.numpy().tobytes())
+        return folder / f"student-{digest.hexdigest()[:24]}.pt"
 
     def _batches(self) -> Iterator[list[int]]:
         rng, size = random.Random(self.lesson.seed), self._batch()
@@ -132,25 +142,16 @@ class Teaching:
         self.schedule.step()
         return loss.item()
 
-    def _keep(self, path: Path) -> None:
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(
-            {
-                "step": self.step,
-                "total": self.total,
-                "student": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            },
-            unfinished,
-        )
-        unfinished.replace(path)
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
 
-    def _take_up(self, path: Path) -> None:
-        kept = torch.load(path, weights_only=True)
-        if kept["total"] != self.total:
-            return
-        self.step = kept["step"]
-        self.student.load_state_dict(kept["student"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.schedule.load_state_dict(kept["schedule"])
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -10,21 +10,25 @@ et al., arXiv 2103.00020). Modalities are spoiled and dropped at random, with fl
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrieval_contract.errors import CheckpointError
 from towers.heads import Heads
 from towers.learning.examples import Examples
 from towers.learning.keywords import Keywords, Prototypes
-from towers.two_towers import unit
+from towers.two_towers import hash_of_weights, unit
 
+Told = Callable[[int, float], None]
 HOTTEST = 100.0
 GENERAL_BATCH = 256
 
@@ -45,9 +49,9 @@ class Recipe:
     blank: float = 0.1
     dropped: float = 0.1
     prototypes: float = 0.5
-    general: float = 1.0
+    general: float = 0.3
     neighbours: int = 0
-    dropout: float = 0.0
+    dropout: float = 0.2
     head_width: int = 384
     vector_dim: int = 384
     seed: int = 0
@@ -65,8 +69,27 @@ def new_heads(recipe: Recipe, examples: Examples) -> Heads:
     return heads
 
 
+def run_name(recipe: Recipe, examples: Examples, start: Heads | None = None) -> str:
+    """The file that a run is kept in; other recipes, examples and starts have others."""
+    usual = asdict(Recipe())
+    unusual = {name: value for name, value in asdict(recipe).items() if value != usual[name]}
+    digest = hashlib.sha256(json.dumps(unusual, sort_keys=True).encode())
+    digest.update(examples.fingerprint.encode())
+    if start is not None:
+        digest.update(hash_of_weights(start.state_dict().items(), "heads").encode())
+    return f"heads-{digest.hexdigest()[:24]}.pt"
+
+
+def keep(path: Path, state: dict[str, Any]) -> None:
+    """Whole, or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
 class Trainer:
-    """One run; `state` of it can be kept after every epoch and taken up again."""
+    """One run."""
 
     def __init__(
         self,
@@ -78,7 +101,8 @@ class Trainer:
     ) -> None:
         self.recipe, self.examples = recipe, examples
         self.keywords, self.prototypes = keywords, prototypes
-        self.heads = start or new_heads(recipe, examples)
+        self.name = run_name(recipe, examples, start)
+        self.heads = copy.deepcopy(start) if start else new_heads(recipe, examples)
         for module in self.heads.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.dropout
@@ -97,45 +121,41 @@ class Trainer:
         )
         self.epoch = 0
 
-    def run(self, state: Path | None = None, told: Callable[[int, float], None] = print) -> Heads:
-        """Train to the end; `told(epochs done, loss)` after each epoch, when `state` is whole."""
-        if state and state.is_file():
-            self._take_up(state)
+    def run(self, folder: Path | None = None, told: Told = lambda epoch, loss: None) -> Heads:
+        """Train to the end; `told(epochs done, loss)` after each epoch, once it is kept.
+
+        A run of the same recipe on the same examples that was cut, or finished, is taken up from
+        `folder`.
+        """
+        path = folder / self.name if folder else None
+        if path and path.is_file():
+            self._take_up(torch.load(path, weights_only=True))
         while self.epoch < self.recipe.epochs:
             loss = self._run_epoch()
             self.epoch += 1
-            if state:
-                self._keep(state)
+            if path:
+                keep(path, self._state())
             told(self.epoch, loss)
         return self.heads.eval()
 
-    def _keep(self, path: Path) -> None:
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(
-            {
-                "recipe": asdict(self.recipe),
-                "epoch": self.epoch,
-                "heads": self.heads.state_dict(),
-                "scale": self.scale.data,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            },
-            unfinished,
-        )
-        unfinished.replace(path)
+    def _state(self) -> dict[str, Any]:
+        state = {
+            "epoch": self.epoch,
+            "heads": self.heads.state_dict(),
+            "scale": self.scale.detach(),
+        }
+        if self.epoch < self.recipe.epochs:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["schedule"] = self.schedule.state_dict()
+        return state
 
-    def _take_up(self, path: Path) -> None:
-        kept = torch.load(path, weights_only=True)
-        if kept["recipe"] != asdict(self.recipe):
-            raise CheckpointError(
-                f"{path}: expected a run of this recipe, got one of {kept['recipe']}; delete it, "
-                "or give another --out"
-            )
-        self.epoch = kept["epoch"]
-        self.heads.load_state_dict(kept["heads"])
-        self.scale.data = kept["scale"]
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.schedule.load_state_dict(kept["schedule"])
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.heads.load_state_dict(state["heads"])
+        self.scale.data = state["scale"]
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
 
     def _run_epoch(self) -> float:
         # Seeded by the epoch: a run that was cut and taken up draws what it would have drawn.
