@@ -147,7 +147,7 @@ def test_parity_refuses_other_weights(done: dict[str, onnx.ModelProto]) -> None:
 def test_parity_refuses_a_slightly_wrong_weight(done: dict[str, onnx.ModelProto]) -> None:
     nudged = tiny_make()
     with torch.no_grad():
-        nudged.projection.weight[0, 0] += 1e-3
+        nudged.heads.projection.weight[0, 0] += 1e-3
     with pytest.raises(ExportError, match="differ by"):
         parity(nudged, PRODUCT_TOWER, done["product_tower"])
 

@@ -210,6 +210,17 @@ def test_every_fusion_trains(material: Material, fusion: str) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_a_catalog_of_titles_alone_trains(material: Material) -> None:
+    """No attribute, no picture."""
+    e = material.examples
+    bare = replace(e, pictures=0 * e.pictures, has_picture=0 * e.has_picture)
+    own = replace(material, examples=bare, columns=[])
+    losses: list[float] = []
+    train_heads(RECIPE, own, lambda epoch, loss: losses.append(loss))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
 # ── the smaller query encoder ────────────────────────────────────────────────────────────
 def test_layers_are_taken_evenly() -> None:
     assert [evenly(6, kept) for kept in (1, 2, 3, 6)] == [[0], [0, 5], [0, 2, 5], [*range(6)]]

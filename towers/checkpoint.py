@@ -132,6 +132,7 @@ def save_make(towers: make.Make, folder: Path) -> None:
         state = stored(dict(towers.named_state()))
         save_torch_state_dict(state, unfinished, max_shard_size=LARGEST_FILE)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == INDEX_FILE):
+            path.chmod(0o644)
             path.replace(folder / path.name)
 
 

@@ -125,6 +125,7 @@ def prepare(args: argparse.Namespace, bars: Bars) -> Material:
     if not args.everything:
         data = data.select(sides_of(data)["train"])
     towers = start_towers(args.start)
+    towers.to("cuda" if torch.cuda.is_available() else "cpu")
     titles = [title for folder in args.general for title in read_data(folder).titles]
     general = general_texts(vocabulary_of(towers), titles, args.general_texts, DRAWN_BY)
     encoders = Encoders(towers, args.work / "features")
@@ -152,7 +153,8 @@ def teach(
 ) -> Make:
     """The same towers with a query encoder of fewer layers."""
     e = material.examples
-    texts = sorted({query.text for draw in e.draws for query in draw} | set(material.general))
+    drawn = {query.text for draw in e.draws for query in draw}
+    texts = sorted(drawn.union(material.general, e.pieces))
     features = material.encoders.queries(texts, bars("lesson", len(texts)))
     with torch.no_grad():
         taught = unit(towers.heads.query(features))

@@ -38,9 +38,10 @@ class Examples:
     draws: list[list[TrainingQuery]]
     queries: Tensor
     """(draws, N, D): in each draw, one query a product."""
+    pieces: list[str]
     general_queries: Tensor
     general_titles: Tensor
-    """(M, D): texts on whatever subject, and short pieces of them."""
+    """(M, D): texts on whatever subject, and M short `pieces` of them as queries."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -115,6 +116,7 @@ def make_examples(
         (pictures.abs().sum(1, keepdim=True) > 0).float(),
         drawn,
         torch.stack(queries),
+        pieces,
         encoders.queries(pieces, progress("general pieces", len(general))),
         encoders.titles(general, progress("general texts", len(general))),
     )

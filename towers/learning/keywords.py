@@ -117,15 +117,14 @@ class Prototypes:
 
     def loss(self, rows: Tensor, scores: list[Tensor]) -> Tensor:
         """`scores`: for each attribute (B, values) → mean cross entropy of the right values."""
-        losses = []
+        losses = [torch.zeros(())]
         for of_values, codes, named in zip(scores, self.codes, self.named, strict=True):
             right = codes[rows]
-            losses.append(
-                F.cross_entropy(
-                    of_values.masked_fill(~named, -1e4)[named[right]], right[named[right]]
-                )
-            )
-        return torch.stack(losses).mean()
+            says = named[right]  # products whose value says something
+            if says.any():
+                of_named = of_values.masked_fill(~named, -1e4)
+                losses.append(F.cross_entropy(of_named[says], right[says]))
+        return torch.stack(losses).sum() / max(1, len(scores))
 
 
 FORMS = ("none", "titles", "attributes")

@@ -78,9 +78,12 @@ class Teaching:
         self.products, self.lesson = products, lesson
         side = student.spec.query
         self.preprocess = TextPreprocessor(side.tokenizer_json, side.spec, required=False)
-        learns = [*student.query_text.bert.encoder.parameters()]
-        learns += student.heads.query_head.parameters()
-        self.optimizer = torch.optim.AdamW(learns, lr=lesson.learning_rate, weight_decay=0.01)
+        student.requires_grad_(False)
+        self.learns = [*student.query_text.bert.encoder.parameters()]
+        self.learns += student.heads.query_head.parameters()
+        for parameter in self.learns:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.learns, lr=lesson.learning_rate, weight_decay=0.01)
         self.total = sum(1 for _ in self._batches())
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lesson.learning_rate, total_steps=self.total + 1, pct_start=0.1
@@ -137,7 +140,7 @@ class Teaching:
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.learns, 1.0)
         self.optimizer.step()
         self.schedule.step()
         return loss.item()

@@ -102,7 +102,7 @@ class Trainer:
         self.recipe, self.examples = recipe, examples
         self.keywords, self.prototypes = keywords, prototypes
         self.name = run_name(recipe, examples, start)
-        self.heads = copy.deepcopy(start) if start else new_heads(recipe, examples)
+        self.heads = copy.deepcopy(start).cpu() if start else new_heads(recipe, examples)
         for module in self.heads.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.dropout
