@@ -68,7 +68,7 @@ def test_graded_labels_start_at_their_lowest(tmp_path: Path) -> None:
         pa.table({"product_id": ["a", "b", "c"], "title": ["x", "y", ""]}),
         tmp_path / "products.parquet",
     )
-    (tmp_path / "queries.csv").write_text("query_id,query\n1,x\n")
+    (tmp_path / "queries.csv").write_text("query_id,query\n1,x\n2,nobody found anything\n")
     (tmp_path / "labels.csv").write_text(
         "query_id,product_id,relevance\n1,a,3.0\n1,b,1.0\n1,c,2.4\n"
     )

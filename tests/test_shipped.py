@@ -72,6 +72,6 @@ def test_it_finds_what_titles_do_not_say(shipped: Make) -> None:
     best = found["make"]
     assert best["all"] > 1.1 * max(found["bm25"]["all"], found["pretrained"]["all"])
     assert best["all"] > found["mean"]["all"]
-    assert best["colour_not_in_title"] > 1.3 * found["title"]["colour_not_in_title"]
+    assert best["colour_not_in_title"] > 1.15 * found["title"]["colour_not_in_title"]
     card = (ROOT / "towers" / "weights" / "make" / "README.md").read_text("utf-8")
     assert "ndcg@10" in card.lower()

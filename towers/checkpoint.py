@@ -27,6 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_FILE = "48MB"
 TOKENIZER_FILE = "tokenizer.json"
+FROZEN = ("title_text.", "image_encoder.")
+"""Parts of a MAKE that no training of ours changes."""
 TRAINING_FILE = "training.json"
 """What a checkpoint was trained on and how, where it was trained here."""
 SHIPPED = Path(__file__).parent / "weights" / "make"
@@ -121,7 +123,8 @@ def _weights(folder: Path) -> list[tuple[str, Tensor]]:
 def save_make(towers: make.Make, folder: Path) -> None:
     """Write the files; every value comes back as it is.
 
-    The weights come last and whole: who finds them finds a checkpoint.
+    The weights come last and whole: who finds them finds a checkpoint. Those of FROZEN parts come
+    first among them, so that a training leaves a large checkpoint's first file as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in [folder / INDEX_FILE, *folder.glob("model*.safetensors")]:
@@ -129,7 +132,10 @@ def save_make(towers: make.Make, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(towers.config.to_json(), "utf-8")
     (folder / TOKENIZER_FILE).write_text(towers.spec.title.tokenizer_json, "utf-8")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished") as unfinished:
-        state = stored(dict(towers.named_state()))
+        first = [
+            item for part in FROZEN for item in towers.named_state() if item[0].startswith(part)
+        ]
+        state = stored(dict([*first, *towers.named_state()]))
         save_torch_state_dict(state, unfinished, max_shard_size=LARGEST_FILE)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == INDEX_FILE):
             path.chmod(0o644)

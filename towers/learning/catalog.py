@@ -135,7 +135,7 @@ def _queries(folder: Path, attributes: dict[str, list[str]]) -> list[Query]:
                 frozenset(of_query) if graded else frozenset(),
             )
         )
-    return found
+    return [query for query in found if query.grades]  # the others cannot be answered
 
 
 def _records(path: Path) -> list[dict[str, str]]:

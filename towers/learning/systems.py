@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from towers.checkpoint import FROZEN
 from towers.heads import Heads
 from towers.learning.catalog import ProductData
 from towers.learning.encoders import Encoders
@@ -105,8 +106,7 @@ def systems_of(towers: TwoTowers, baselines: Mapping[str, Heads]) -> list[System
 def same_encoders(one: Make, other: Make) -> bool:
     """Whether titles and pictures are encoded alike, but for rounding to half precision."""
     a, b = (
-        {n: t for n, t in towers.named_state() if n.startswith(("title_text.", "image_encoder."))}
-        for towers in (one, other)
+        {n: t for n, t in towers.named_state() if n.startswith(FROZEN)} for towers in (one, other)
     )
     return a.keys() == b.keys() and all(
         a[n].shape == b[n].shape and torch.equal(a[n].half(), b[n].half()) for n in a
