@@ -178,7 +178,7 @@ def test_training_finds_colours_that_titles_do_not_say(folder: Path, material: M
     for part in ("colour_not_in_title", "no_title"):
         before, after = (found[name][part]["ndcg@10"].mean() for name in ("before", "after"))
         assert after > before + 0.1, part
-    assert scale != pytest.approx(1 / recipe.temperature, rel=1e-3), "it is learned"
+    assert scale != pytest.approx(1 / recipe.temperature, rel=1e-5), "it is learned"
 
 
 def test_a_run_repeats_and_goes_on_where_it_was_cut(material: Material, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -
 
 
 def test_the_documented_commands(folder: Path, tmp_path: Path) -> None:
-    """From the shipped checkpoint, on another catalog; then it finds more of what titles hide."""
+    """From the shipped checkpoint, on another catalog: then it searches that one better."""
     text = (ROOT / "docs" / "training.md").read_text("utf-8")
     lines = re.findall(r"^\$ \.venv/bin/python (.*)$", text, re.MULTILINE)[:2]
     reports = []
@@ -320,7 +320,7 @@ def test_the_documented_commands(folder: Path, tmp_path: Path) -> None:
     data = read_data(folder)
     data = data.select(sides_of(data)["test"])
     shipped = load_towers(str(SHIPPED))
-    (before,) = evaluate(data, [systems_of(shipped, {})[-1]], ["colour_not_in_title"]).values()
-    hidden = "colour_not_in_title"
-    assert evaluation["make"][hidden]["queries"] == len(before[hidden]["ndcg@10"])
-    assert evaluation["make"][hidden]["ndcg@10"] > before[hidden]["ndcg@10"].mean()
+    (before,) = evaluate(data, [systems_of(shipped, {})[-1]], ["uneven"]).values()
+    after = evaluation["make"]["uneven"]
+    assert after["queries"] == len(before["uneven"]["ndcg@10"])
+    assert after["ndcg@10"] > before["uneven"]["ndcg@10"].mean() + 0.05

@@ -31,6 +31,7 @@ from towers.two_towers import hash_of_weights, unit
 Told = Callable[[int, float], None]
 HOTTEST = 100.0
 GENERAL_BATCH = 256
+SMALLEST_BATCH, STEPS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Trainer:
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.dropout
         self.scale = torch.nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
-        self.batch = min(recipe.batch, len(examples))
+        # A small catalog gets smaller batches, or an epoch of it would be one step.
+        self.batch = min(recipe.batch, max(SMALLEST_BATCH, len(examples) // STEPS), len(examples))
         self.steps = len(examples) // self.batch
         self.optimizer = torch.optim.AdamW(
             [*self.heads.parameters(), self.scale],
