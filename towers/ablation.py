@@ -8,7 +8,6 @@ writes it under `--out`, and ends with one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from retrieval_contract.errors import RetrievalError
+from towers.command import answer
 from towers.evaluate import HEADLINE, KNOWN_ITEM, evaluate
 from towers.heads import Heads
 from towers.learning.baselines import BASELINES, save_heads
@@ -205,7 +204,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Train what is missing, compare, write."""
     names = args.variant or list(RECIPES)
-    material = prepare(args, Bars())
+    bars = Bars()
+    with bars.progress:
+        material = prepare(args, bars)
     recipes = [replace(RECIPES[name], seed=seed) for name in names for seed in range(args.seeds)]
     train_all(recipes, args, material.examples)
     found = figures(names, args, material)
@@ -227,11 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     """Command line."""
-    args = parser().parse_args()
-    try:
-        print(json.dumps(run(args)))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    answer(run, parser())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_FILE = "48MB"
 TOKENIZER_FILE = "tokenizer.json"
+WORDS = ("title_text.bert.embeddings.", "query_text.bert.embeddings.")
+"""Both text encoders' names for the embeddings that they share."""
 FROZEN = ("title_text.", "image_encoder.")
 """Parts of a MAKE that no training of ours changes."""
 TRAINING_FILE = "training.json"
@@ -75,10 +77,8 @@ def load_make(folder: Path) -> make.Make:
         ) from exc
     weights = {name: t.float() if t.is_floating_point() else t for name, t in _weights(folder)}
     state = towers.state_dict()
-    for name in set(state) - set(weights):  # tables that several names share are stored once
-        twin = next((n for n in weights if state[name].data_ptr() == _pointer(state, n)), None)
-        if twin:
-            weights[name] = weights[twin]
+    for name in [name for name in weights if name.startswith(WORDS[0])]:
+        weights.setdefault(name.replace(*WORDS), weights[name])  # one table, stored once
     wanted = {name: tuple(t.shape) for name, t in state.items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if wanted != found:
@@ -91,15 +91,6 @@ def load_make(folder: Path) -> make.Make:
         )
     towers.load_state_dict(weights)
     return towers
-
-
-def _pointer(state: dict[str, Tensor], name: str) -> int | None:
-    return state[name].data_ptr() if name in state and state[name].numel() else None
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether somebody finished writing weights there."""
-    return (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
 def _weights(folder: Path) -> list[tuple[str, Tensor]]:

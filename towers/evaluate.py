@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from retrieval_contract.errors import RetrievalError, SourceError
+from retrieval_contract.errors import SourceError
 from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
+from towers.command import answer
 from towers.learning.baselines import baselines
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.metrics import (
@@ -177,11 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    args = parser().parse_args()
-    try:
-        print(json.dumps(run(args)))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    answer(run, parser())
 
 
 if __name__ == "__main__":

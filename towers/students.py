@@ -7,7 +7,6 @@ the whole one: quality on the held-out side, and time on one thread, in alternat
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from retrieval_contract.errors import RetrievalError
 from retrieval_contract.preprocess import TextPreprocessor
+from towers.command import answer
 from towers.evaluate import HEADLINE, KNOWN_ITEM, evaluate
 from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders
@@ -106,11 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Command line."""
-    args = parser().parse_args()
-    try:
-        print(json.dumps(run(args)))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    answer(run, parser())
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from retrieval_contract.errors import CheckpointError, RetrievalError, SourceError
+from retrieval_contract.errors import CheckpointError, SourceError
 from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make
-from towers.heads import FUSIONS, Heads
+from towers.command import answer
+from towers.heads import Heads
 from towers.learning.catalog import ProductData, read_data
 from towers.learning.encoders import Advance, Encoders
 from towers.learning.examples import Examples, general_texts, make_examples
-from towers.learning.keywords import FORMS, Prototypes, keywords_of
+from towers.learning.keywords import Prototypes, keywords_of
 from towers.learning.split import sides_of
 from towers.learning.student import Lesson, Teaching, with_query_layers
 from towers.learning.training import Recipe, Told, Trainer
@@ -188,8 +189,6 @@ def parser() -> argparse.ArgumentParser:
     add_material_flags(top)
     top.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     top.add_argument("--query-layers", type=int, help="default: as the start has, 3 at most")
-    top.add_argument("--fusion", choices=list(FUSIONS), default=Recipe.fusion)
-    top.add_argument("--keywords", choices=FORMS, default=Recipe.keywords)
     top.add_argument("--epochs", type=int, default=Recipe.epochs)
     top.add_argument("--rounds", type=int, default=Lesson.rounds, help="of the query encoder")
     top.add_argument("--seed", type=int, default=0)
@@ -204,17 +203,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         material = prepare(args, bars)
         towers = material.towers
         recipe = Recipe(
-            fusion=args.fusion,
-            keywords=args.keywords,
+            fusion=towers.config.fusion,
             epochs=args.epochs,
             seed=args.seed,
             head_width=towers.config.head_width,
             vector_dim=towers.config.vector_dim,
         )
-        goes_on = args.start and towers.config.fusion == recipe.fusion
         told = bars.steps("heads", recipe.epochs)
         heads, scale = train_heads(
-            recipe, material, told, args.work / "runs", towers.heads if goes_on else None
+            recipe, material, told, args.work / "runs", towers.heads if args.start else None
         )
         made = with_heads(towers, heads, recipe)
         has = len(towers.query_text.bert.encoder.layer)
@@ -245,11 +242,7 @@ def vocabulary_of(towers: Make) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    args = parser().parse_args()
-    try:
-        print(json.dumps(run(args)))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    answer(run, parser())
 
 
 if __name__ == "__main__":

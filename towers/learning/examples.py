@@ -48,10 +48,12 @@ class Examples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the products, the drawn queries and the encoders that saw them."""
-        texts = [self.data.ids, self.data.titles, [[q.text for q in d] for d in self.draws]]
-        digest = hashlib.sha256(json.dumps([texts, self.data.attributes]).encode())
-        digest.update(self.titles[0].numpy().tobytes() + self.pictures.numpy().tobytes())
+        """Of the products, the drawn queries, the general texts and the encoders that saw them."""
+        drawn = [[(query.text, query.attributes) for query in draw] for draw in self.draws]
+        texts = [self.data.ids, self.data.titles, self.data.attributes, drawn, self.pieces]
+        digest = hashlib.sha256(json.dumps(texts).encode())
+        for features in (self.titles, self.pictures, self.general_titles):
+            digest.update(features.numpy().tobytes())
         return digest.hexdigest()
 
 

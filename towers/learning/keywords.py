@@ -127,11 +127,11 @@ class Prototypes:
         return torch.stack(losses).sum() / max(1, len(scores))
 
 
-FORMS = ("none", "titles", "attributes")
-
-
 def keywords_of(form: str, examples: Examples, columns: list[str]) -> Keywords:
-    """By its name in FORMS."""
-    if form == "attributes":
-        return AttributeKeywords(examples, columns)
-    return TitleKeywords(examples) if form == "titles" else NoKeywords()
+    """`form`: "attributes", "titles" or "none"; KeyError for another."""
+    forms = {
+        "attributes": lambda: AttributeKeywords(examples, columns),
+        "titles": lambda: TitleKeywords(examples),
+        "none": NoKeywords,
+    }
+    return forms[form]()

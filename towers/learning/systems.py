@@ -16,7 +16,7 @@ from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from towers.checkpoint import FROZEN
 from towers.heads import Heads
 from towers.learning.catalog import ProductData
-from towers.learning.encoders import Encoders
+from towers.learning.encoders import Encoders, no_advance
 from towers.learning.metrics import Scores
 from towers.learning.words import words_of
 from towers.make import Make
@@ -74,8 +74,10 @@ class TrainedHeads:
         self, data: ProductData, queries: Sequence[str], progress: Progress = lambda rows: None
     ) -> Scores:
         """See System."""
-        titles = self.encoders.titles(data.titles, progress)
-        pictures = self.encoders.pictures(data.images)
+        # A picture takes longer than a title: where there are any, they are what is counted.
+        counted = (no_advance, progress) if any(data.images) else (progress, no_advance)
+        titles = self.encoders.titles(data.titles, counted[0])
+        pictures = self.encoders.pictures(data.images, counted[1])
         has_title = (titles.abs().sum(1, keepdim=True) > 0).float()
         has_picture = (pictures.abs().sum(1, keepdim=True) > 0).float()
         vectors = unit(self.heads.product(titles, has_title, pictures, has_picture))

@@ -2,7 +2,7 @@
 
     L = ½ (CE(s q pᵀ) + CE(s p qᵀ))      over a batch, s learned, held negatives taken out
       + prototypes · CE(s p kᵀ)          each product among all values k of each attribute
-      + general · |q_g t_gᵀ − x_g y_gᵀ|² texts on other subjects keep the similarities they had
+      + general · 100 |q_g t_gᵀ − x_g y_gᵀ|² (a mean): other subjects keep their similarities
 
 The first line is InfoNCE (van den Oord et al., arXiv 1807.03748) in CLIP's symmetric form (Radford
 et al., arXiv 2103.00020). Modalities are spoiled and dropped at random, with flags that say so.
@@ -30,7 +30,7 @@ from towers.two_towers import hash_of_weights, unit
 
 Told = Callable[[int, float], None]
 HOTTEST = 100.0
-GENERAL_BATCH = 256
+GENERAL_BATCH, GENERAL_SCALE = 256, 100.0
 SMALLEST_BATCH, STEPS = 32, 16
 
 
@@ -72,9 +72,7 @@ def new_heads(recipe: Recipe, examples: Examples) -> Heads:
 
 def run_name(recipe: Recipe, examples: Examples, start: Heads | None = None) -> str:
     """The file that a run is kept in; other recipes, examples and starts have others."""
-    usual = asdict(Recipe())
-    unusual = {name: value for name, value in asdict(recipe).items() if value != usual[name]}
-    digest = hashlib.sha256(json.dumps(unusual, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     digest.update(examples.fingerprint.encode())
     if start is not None:
         digest.update(hash_of_weights(start.state_dict().items(), "heads").encode())
@@ -248,4 +246,4 @@ class Trainer:
         products = unit(self.heads.product(titles, there, nothing, 0 * there))
         now = unit(self.heads.query(queries)) @ products.T
         before = unit(queries) @ unit(titles).T
-        return (now - before).square().mean() * HOTTEST
+        return (now - before).square().mean() * GENERAL_SCALE
