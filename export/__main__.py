@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, object]:
     towers = load_towers(args.checkpoint)
     release_id = towers.release().release_id
     if args.command == "onnx":
-        proofs = write_onnx(towers, args.out, console)
-        return {"release_id": release_id, "out": str(args.out), "parity": proofs}
+        graphs = write_onnx(towers, args.out, console)
+        return {"release_id": release_id, "out": str(args.out), "graphs": graphs}
     home = publish(towers, args.out, console)
     return {"release_id": release_id, "release": str(home)}
 

@@ -28,8 +28,19 @@ from PIL import Image
 from rich.console import Console
 
 from export.config_from_contract import configs_of, text_of
+from export.half import half_of, half_share, islands_of, typed
 from export.onnx_from_towers import onnx_from_towers
-from export.parity import parity
+from export.parity import (
+    EXACT,
+    HALF,
+    HALF_REFERENCE,
+    SEED,
+    cases,
+    few,
+    onnx_runtime,
+    parity,
+    reference,
+)
 from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.release import Release
@@ -55,26 +66,59 @@ TOOLS = (
 
 
 def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Export both towers into `folder` as `<tower>.onnx`, beside `release.json`.
+    """Export both towers into `folder`, each in FP32 and FP16, beside `release.json`.
 
-    Returns the parity of each. Raises ExportError, and then writes no graph of that tower.
+    Returns what the manifest says of each. Raises ExportError, and then writes no graph of that
+    tower.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    release = towers.release()
     found = []
     for model in models.TOWERS:
         with console.status(f"{model.name}: tracing, cutting, comparing"):
-            raw = onnx_from_towers(towers, model)
-            graph = operate(raw, model, release)
-            proof = parity(towers, model, graph)
-        onnx.save(graph, folder / f"{model.name}.onnx")
-        console.print(
-            f"{model.name}: {len(graph.graph.node)} nodes, torch ↔ ONNX Runtime over "
-            f"{proof.cases} cases: max abs {proof.max_abs:.1e}, min cosine {proof.min_cosine:.7f}"
-        )
-        found.append(proof.as_json() | {"nodes": len(graph.graph.node)})
-    release.save(folder)
+            facts = write_tower(towers, model, folder)
+        console.print(f"{model.name}: {facts['nodes']} nodes, {facts['half_share']:.0%} in half")
+        for name, proof in facts["parity"].items():
+            console.print(
+                f"  torch ↔ {name}: max abs {proof['max_abs']:.1e}, "
+                f"min cosine {proof['min_cosine']:.7f} over {proof['cases']} cases"
+            )
+        found.append(facts)
+    towers.release().save(folder)
     return found
+
+
+def write_tower(towers: TwoTowers, model: Model, folder: Path) -> dict[str, Any]:
+    """One tower's two graphs, proved; what the manifest says of them."""
+    passes: list[dict[str, object]] = []
+
+    def tell(name: str, before: int, after: int) -> None:
+        passes.append({"pass": name, "before": before, "after": after})
+
+    graph = operate(onnx_from_towers(towers, model), model, towers.release(), tell)
+    islands = islands_of(typed(graph))
+    half = half_of(graph, islands)
+    tried = list(cases(model, towers))
+    proofs = {
+        "ONNX FP32": parity(towers, model, onnx_runtime(graph), EXACT, tried),
+        "ONNX FP16": parity(towers, model, onnx_runtime(half), HALF, tried),
+        "ONNX FP16, reference": parity(towers, model, reference(half), HALF_REFERENCE, few(tried)),
+    }
+    onnx.save(graph, folder / graph_file(model, models.ONNX_FILE))
+    onnx.save(half, folder / graph_file(model, models.HALF_FILE))
+    return {
+        "tower": model.name,
+        "opset": graph.opset_import[0].version,
+        "nodes": len(graph.graph.node),
+        "passes": passes,
+        "islands": islands,
+        "half_share": round(half_share(typed(half)), 3),
+        "parity": {name: proof.as_json() for name, proof in proofs.items()},
+    }
+
+
+def graph_file(model: Model, name: str) -> str:
+    """Where `write_onnx` puts a graph: the tower's name and the ending of the file's."""
+    return f"{model.name}{name.removeprefix('model')}"
 
 
 def publish(towers: TwoTowers, releases: Path, console: Console) -> Path:
@@ -88,9 +132,9 @@ def publish(towers: TwoTowers, releases: Path, console: Console) -> Path:
     releases.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=releases, prefix=".building-") as name:
         folder = Path(name) / release.release_id
-        proofs = write_onnx(towers, folder, console)
+        graphs = write_onnx(towers, folder, console)
         assemble(towers, release, folder)
-        write_manifest(folder, release, proofs)
+        write_manifest(folder, release, graphs)
         make_read_only(folder)
         if home.exists():  # made by other code: replace it whole
             home.rename(Path(name) / "old")
@@ -117,7 +161,8 @@ def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
         source = SOURCES / part.name / "1" / models.PYTHON_FILE
         shutil.copyfile(source, version_folder / models.PYTHON_FILE)
         if part.engine is Engine.NETWORK:
-            (folder / f"{part.name}.onnx").rename(version_folder / models.ONNX_FILE)
+            for name in (models.ONNX_FILE, models.HALF_FILE):
+                (folder / graph_file(part, name)).rename(version_folder / name)
         else:
             (version_folder / models.TOKENIZER_FILE).write_text(tokenizers[part.name], "utf-8")
             _write_warmup(part, folder / REPOSITORY / part.name / "warmup")
@@ -143,13 +188,14 @@ def _write_warmup(model: Model, folder: Path) -> None:
             (folder / tensor.name).write_bytes(struct.pack("<I", len(value)) + value)
 
 
-def write_manifest(folder: Path, release: Release, proofs: list[dict[str, Any]]) -> None:
+def write_manifest(folder: Path, release: Release, graphs: list[dict[str, Any]]) -> None:
     """Everything needed to remake and to trust the folder."""
     manifest = {
         "release_id": release.release_id,
         "command": ["python", "-m", "export", *sys.argv[1:]],
         "code": code_fingerprint(),
-        "parity": proofs,
+        "seed": SEED,
+        "graphs": graphs,
         "versions": {tool: version(tool) for tool in TOOLS} | {"python": sys.version.split()[0]},
         "files": hashes_of_files(folder),
     }

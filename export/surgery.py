@@ -7,6 +7,7 @@ stack trace with local paths on every node.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx
@@ -16,13 +17,14 @@ from retrieval_contract import models
 from retrieval_contract.errors import ExportError
 from retrieval_contract.release import ImageSpec, Release
 from retrieval_contract.tensors import Model, UpTo
+from towers.make import MASK_FLOOR
 
 Pass = Callable[[gs.Graph], gs.Graph]
+Told = Callable[[str, int, int], None]
 
-MASK_FLOOR = np.float32(-1e4)
-"""Low enough that softmax gives exact zeros, and still finite in half precision."""
 LOWEST_HALF = -65504.0
 PRODUCER = "make-retrieval"
+BROADCASTING = {"Add", "Div", "Mul", "Sub"}
 
 
 def use_int32_inputs(graph: gs.Graph) -> gs.Graph:
@@ -39,8 +41,77 @@ def use_finite_masks(graph: gs.Graph) -> gs.Graph:
         if isinstance(tensor, gs.Constant) and tensor.values.dtype == np.float32:
             low = tensor.values < LOWEST_HALF
             if low.any():
-                tensor.values = np.where(low, MASK_FLOOR, tensor.values)
+                tensor.values = np.where(low, np.float32(MASK_FLOOR), tensor.values)
     return graph
+
+
+def drop_nan_guards(graph: gs.Graph) -> gs.Graph:
+    """`Where(IsNaN(x), 0, x)` → x: with finite masks no softmax gives NaN."""
+    for node in [n for n in graph.nodes if n.op == "Where"]:
+        condition, replacement, kept = node.inputs
+        asked = condition.inputs[0] if condition.inputs else None
+        zero = isinstance(replacement, gs.Constant) and not replacement.values.any()
+        if asked is not None and asked.op == "IsNaN" and asked.inputs[0] is kept and zero:
+            _use_instead(node.outputs[0], kept)
+    return graph.cleanup(remove_unused_graph_inputs=False)
+
+
+def use_static_reshapes(graph: gs.Graph) -> gs.Graph:
+    """Reshapes to computed sizes → constants: 0 for an axis that stays, sizes for the rest.
+
+    Where a size is that of another axis, the reshape stays as it is.
+    """
+    for node in graph.nodes:
+        if node.op == "Reshape" and (sizes := _static_sizes(*node.inputs)):
+            node.inputs[1] = gs.Constant(f"{node.name}_sizes", np.array(sizes, np.int64))
+            node.attrs["allowzero"] = 0
+    return graph.cleanup(remove_unused_graph_inputs=False)
+
+
+def _static_sizes(data: gs.Tensor, target: gs.Tensor) -> list[int] | None:
+    """What a concatenated target says, with 0 for the data's own axes; None where unknown."""
+    if not target.inputs or target.inputs[0].op != "Concat" or data.shape is None:
+        return None
+    sizes: list[int] = []
+    for part in target.inputs[0].inputs:
+        at = len(sizes)
+        if isinstance(part, gs.Constant):
+            sizes += part.values.reshape(-1).tolist()
+        elif at < len(data.shape) and _axis_read(part) == data.shape[at]:
+            sizes.append(0)
+        else:
+            return None
+    return sizes
+
+
+def _axis_read(size: gs.Tensor) -> str | None:
+    """The name of the dynamic axis whose length this tensor is, where it is one's."""
+    if not size.inputs or size.inputs[0].op != "Shape":
+        return None
+    node = size.inputs[0]
+    shape = node.inputs[0].shape or []
+    axes = shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))]
+    return axes[0] if len(axes) == 1 and isinstance(axes[0], str) else None
+
+
+def drop_expands(graph: gs.Graph) -> gs.Graph:
+    """`Expand` goes where all its readers broadcast anyway, to the same shape."""
+    for node in [n for n in graph.nodes if n.op == "Expand"]:
+        (wide,) = node.outputs
+        if wide.shape and all(_broadcasts_to(wide, reader) for reader in wide.outputs):
+            _use_instead(wide, node.inputs[0])
+    return graph.cleanup(remove_unused_graph_inputs=False)
+
+
+def _broadcasts_to(wide: gs.Tensor, reader: gs.Node) -> bool:
+    others = [tensor.shape for tensor in reader.inputs if tensor is not wide]
+    return reader.op in BROADCASTING and wide.shape in others
+
+
+def _use_instead(old: gs.Tensor, new: gs.Tensor) -> None:
+    """All nodes that read `old` read `new`."""
+    for reader in list(old.outputs):
+        reader.inputs = [new if tensor is old else tensor for tensor in reader.inputs]
 
 
 def take_uint8_pixels(graph: gs.Graph, image: ImageSpec) -> gs.Graph:
@@ -107,17 +178,31 @@ def passes(model: Model, release: Release) -> list[Pass]:
     return [
         use_int32_inputs,
         use_finite_masks,
-        lambda graph: take_uint8_pixels(graph, release.image),
-        lambda graph: name_by_contract(graph, model, release),
+        drop_nan_guards,
+        use_static_reshapes,
+        drop_expands,
+        partial(take_uint8_pixels, image=release.image),
+        partial(name_by_contract, model=model, release=release),
         fold,
     ]
 
 
-def operate(raw: onnx.ModelProto, model: Model, release: Release) -> onnx.ModelProto:
-    """All passes, then proof that the result is valid and is what the contract says."""
+def say_nothing(name: str, before: int, after: int) -> None:
+    """For who does not watch."""
+
+
+def operate(
+    raw: onnx.ModelProto, model: Model, release: Release, told: Told = say_nothing
+) -> onnx.ModelProto:
+    """All passes, then proof that the result is valid and is what the contract says.
+
+    `told(pass, nodes before, nodes after)` after each.
+    """
     graph = gs.import_onnx(raw)
     for one in passes(model, release):
+        before = len(graph.nodes)
         graph = one(graph)
+        told(getattr(one, "func", one).__name__, before, len(graph.nodes))
     graph.name, graph.doc_string = model.name, ""
     done = gs.export_onnx(graph, producer_name=PRODUCER, producer_version="")
     del done.graph.value_info[:]

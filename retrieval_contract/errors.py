@@ -5,6 +5,7 @@ RetrievalError
 │   └── ReleaseMismatch      two parts speak of two different releases
 ├── CheckpointError          a checkpoint folder that is incomplete or does not fit its config
 ├── ExportError              an artefact that failed its own proof, and so was not written
+├── EngineError              a TensorRT engine that cannot be built, or is not what it should be
 ├── DeployError              the server cannot be started here
 ├── SourceError              a catalog file that cannot be read
 ├── ItemError                one query or product is bad; the rest of its batch is not
@@ -41,6 +42,10 @@ class CheckpointError(RetrievalError):
 
 class ExportError(RetrievalError):
     """An artefact failed its own proof and was not written."""
+
+
+class EngineError(RetrievalError):
+    """A TensorRT engine cannot be built, or is not what it should be."""
 
 
 class DeployError(RetrievalError):

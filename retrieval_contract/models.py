@@ -92,6 +92,8 @@ class Target(StrEnum):
 # File names inside a model's version folder.
 PYTHON_FILE = "model.py"
 ONNX_FILE = "model.onnx"
+HALF_FILE = "model.fp16.onnx"
+"""What engines are built from, on the GPU that will run them."""
 PLAN_FILE = "model.plan"
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from export import surgery
 from export.onnx_from_towers import onnx_from_towers
-from export.parity import parity, session, torch_vectors
+from export.parity import onnx_runtime, parity, session, torch_vectors
 from export.publish import write_onnx
 from export.surgery import operate
 from retrieval_contract import models
@@ -59,6 +59,80 @@ def test_masks_become_finite() -> None:
         graph_of(gs.Node("Add", inputs=[x, mask], outputs=[y]), inputs=[x], outputs=[y])
     )
     assert mask.values.tolist() == [-1e4, 0.5]
+
+
+@pytest.mark.parametrize(("instead", "left"), [(0.0, ["Relu"]), (1.0, ["IsNaN", "Where", "Relu"])])
+def test_nan_guards_go_and_other_choices_stay(instead: float, left: list[str]) -> None:
+    x, y = gs.Variable("x", np.float32, [2]), gs.Variable("y", np.float32, [2])
+    asked, guarded = gs.Variable("asked", np.bool_, [2]), gs.Variable("guarded", np.float32, [2])
+    constant = gs.Constant("instead", np.array(instead, np.float32))
+    graph = graph_of(
+        gs.Node("IsNaN", inputs=[x], outputs=[asked]),
+        gs.Node("Where", inputs=[asked, constant, x], outputs=[guarded]),
+        gs.Node("Relu", inputs=[guarded], outputs=[y]),
+        inputs=[x],
+        outputs=[y],
+    )
+    assert [node.op for node in surgery.drop_nan_guards(graph).nodes] == left
+
+
+def reshape_of(*parts: gs.Tensor | int, data: gs.Variable) -> tuple[gs.Graph, gs.Node]:
+    """A Reshape of `data` to axes of other tensors and to numbers, put together at run time."""
+    sizes, nodes = [], []
+    for at, part in enumerate(parts):
+        if isinstance(part, int):
+            sizes.append(gs.Constant(f"n{at}", np.array([part], np.int64)))
+            continue
+        sizes.append(gs.Variable(f"n{at}", np.int64, [1]))
+        axis = {"start": at, "end": at + 1}
+        nodes.append(gs.Node("Shape", f"shape{at}", axis, [part], [sizes[-1]]))
+    target, y = gs.Variable("target", np.int64), gs.Variable("y", np.float32)
+    nodes.append(gs.Node("Concat", "concat", {"axis": 0}, sizes, [target]))
+    reshape = gs.Node("Reshape", "reshape", {"allowzero": 1}, [data, target], [y])
+    inputs = list({id(t): t for t in (data, *parts) if isinstance(t, gs.Variable)}.values())
+    return graph_of(*nodes, reshape, inputs=inputs, outputs=[y]), reshape
+
+
+def test_reshapes_become_static_where_axes_line_up() -> None:
+    ids = gs.Variable("ids", np.int32, ["batch", "tokens"])
+    x = gs.Variable("x", np.float32, ["batch", "tokens", 32])
+    graph, reshape = reshape_of(ids, ids, -1, 8, data=x)
+    graph = surgery.use_static_reshapes(graph)
+    assert reshape.inputs[1].values.tolist() == [0, 0, -1, 8]
+    assert [node.op for node in graph.nodes] == ["Reshape"]
+    feed = {"x": np.ones((2, 3, 32), np.float32), "ids": np.ones((2, 3), np.int32)}
+    assert session(gs.export_onnx(graph, ir_version=10)).run(None, feed)[0].shape == (2, 3, 4, 8)
+
+
+def test_reshapes_to_other_axes_stay() -> None:
+    swapped = gs.Variable("swapped", np.int32, ["tokens", "batch"])
+    x = gs.Variable("x", np.float32, ["batch", "tokens", 32])
+    graph, reshape = reshape_of(swapped, swapped, 32, data=x)
+    surgery.use_static_reshapes(graph)
+    assert isinstance(reshape.inputs[1], gs.Variable)
+
+
+@pytest.mark.parametrize(("reader", "left"), [("Div", ["Div"]), ("Concat", ["Expand", "Concat"])])
+def test_expands_go_where_the_reader_broadcasts(reader: str, left: list[str]) -> None:
+    x = gs.Variable("x", np.float32, ["batch", 4])
+    norm, sizes = gs.Variable("norm", np.float32, ["batch", 1]), gs.Variable("sizes", np.int64, [2])
+    wide, y = gs.Variable("wide", np.float32, ["batch", 4]), gs.Variable("y", np.float32)
+    graph = graph_of(
+        gs.Node("Expand", "expand", {}, [norm, sizes], [wide]),
+        gs.Node(reader, "reader", {"axis": 0} if reader == "Concat" else {}, [x, wide], [y]),
+        inputs=[x, norm, sizes],
+        outputs=[y],
+    )
+    assert [node.op for node in surgery.drop_expands(graph).nodes] == left
+
+
+def test_a_graph_that_a_runtime_optimised_is_refused(done: dict[str, onnx.ModelProto]) -> None:
+    """ONNX Runtime's own operators mean nothing to TensorRT."""
+    graph = onnx.ModelProto()
+    graph.CopyFrom(done["query_tower"])
+    graph.graph.node[0].domain = "com.microsoft"
+    with pytest.raises(ExportError, match=r"only standard ONNX operators.*com\.microsoft"):
+        surgery.check_contract(graph, QUERY_TOWER, RELEASE)
 
 
 def test_pixels_are_normalised_inside() -> None:
@@ -134,14 +208,14 @@ def test_no_path_and_no_stack_trace_is_left(
 
 @pytest.mark.parametrize("model", models.TOWERS, ids=lambda m: m.name)
 def test_torch_and_onnx_agree(model: Model, done: dict[str, onnx.ModelProto]) -> None:
-    found = parity(TINY, model, done[model.name])
+    found = parity(TINY, model, onnx_runtime(done[model.name]))
     assert found.cases >= 9
     assert found.max_abs <= 1e-5
 
 
 def test_parity_refuses_other_weights(done: dict[str, onnx.ModelProto]) -> None:
     with pytest.raises(ExportError, match=r"differ by .* the graph was not written"):
-        parity(tiny_make(seed=1), QUERY_TOWER, done["query_tower"])
+        parity(tiny_make(seed=1), QUERY_TOWER, onnx_runtime(done["query_tower"]))
 
 
 def test_parity_refuses_a_slightly_wrong_weight(done: dict[str, onnx.ModelProto]) -> None:
@@ -149,7 +223,7 @@ def test_parity_refuses_a_slightly_wrong_weight(done: dict[str, onnx.ModelProto]
     with torch.no_grad():
         nudged.heads.projection.weight[0, 0] += 1e-3
     with pytest.raises(ExportError, match="differ by"):
-        parity(nudged, PRODUCT_TOWER, done["product_tower"])
+        parity(nudged, PRODUCT_TOWER, onnx_runtime(done["product_tower"]))
 
 
 def test_refused_rows_are_zero_and_served_rows_unit(done: dict[str, onnx.ModelProto]) -> None:
@@ -187,15 +261,17 @@ def test_two_exports_have_one_hash(done: dict[str, onnx.ModelProto]) -> None:
     assert len(hashes) == 1
 
 
-def test_write_onnx_leaves_two_graphs_and_the_release(tmp_path: Path) -> None:
-    proofs = write_onnx(TINY, tmp_path, Console(quiet=True))
+def test_write_onnx_leaves_the_graphs_and_the_release(tmp_path: Path) -> None:
+    graphs = write_onnx(TINY, tmp_path, Console(quiet=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "product_tower.fp16.onnx",
         "product_tower.onnx",
+        "query_tower.fp16.onnx",
         "query_tower.onnx",
         "release.json",
     ]
     assert Release.load(tmp_path) == RELEASE
-    assert [p["tower"] for p in proofs] == ["query_tower", "product_tower"]
+    assert [graph["tower"] for graph in graphs] == ["query_tower", "product_tower"]
 
 
 def test_torch_vectors_are_the_reference() -> None:

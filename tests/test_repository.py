@@ -18,7 +18,7 @@ from retrieval_contract import models
 from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
 from retrieval_contract.models import Target
 from retrieval_contract.release import Release
-from tests.conftest import photo, product_row
+from tests.conftest import ROOT, photo, product_row
 from tests.test_towers import edit_config
 from tests.tiny import tiny_make
 from towers.checkpoint import load_towers, save_make
@@ -77,7 +77,7 @@ def test_a_release_is_whole_and_says_how_it_was_made(release_folder: Path) -> No
     }
     assert set(manifest["files"]) == files
     assert manifest["release_id"] == Release.load(release_folder).release_id == release_folder.name
-    assert {p["tower"] for p in manifest["parity"]} == {t.name for t in models.TOWERS}
+    assert {graph["tower"] for graph in manifest["graphs"]} == {t.name for t in models.TOWERS}
     assert manifest["versions"]["torch"].startswith("2.")
     repository = release_folder / "model_repository"
     version = Release.load(release_folder).version
@@ -87,6 +87,20 @@ def test_a_release_is_whole_and_says_how_it_was_made(release_folder: Path) -> No
             "empty folders are lost in copies"
         )
     assert not any((release_folder / name).stat().st_mode & 0o222 for name in files)
+
+
+def test_surgery_of_the_shipped_towers_is_what_it_was(release_folder: Path) -> None:
+    """Nodes before and after each pass, and the islands: a change shows, and is looked at."""
+    manifest = json.loads((release_folder / "manifest.json").read_text())
+    found = {
+        graph["tower"]: {
+            "passes": [[p["pass"], p["before"], p["after"]] for p in graph["passes"]],
+            "islands": len(graph["islands"]),
+            "half_share": graph["half_share"],
+        }
+        for graph in manifest["graphs"]
+    }
+    assert found == json.loads((ROOT / "tests" / "golden_surgery.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from towers.heads import FUSIONS, Heads
 from towers.two_towers import TextSide, TowersSpec, TwoTowers
 
 FAMILY = "make"
+MASK_FLOOR = -1e4
+"""Added to what attention must not see: softmax gives exact zeros, and half precision holds it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,12 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Int (B, T) twice → masked mean (B, D)."""
-        tokens = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+        # Types and an additive mask are given, or the exported graph would compute them by a
+        # detour of a dozen nodes.
+        hidden = (1.0 - mask[:, None, None, :].to(self.bert.dtype)) * MASK_FLOOR  # (B, 1, 1, T)
+        tokens = self.bert(
+            input_ids=ids, attention_mask=hidden, token_type_ids=torch.zeros_like(ids)
+        ).last_hidden_state  # (B, T, D)
         weight = mask.unsqueeze(-1).to(tokens.dtype)  # (B, T, 1)
         return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)  # (B, D)
 

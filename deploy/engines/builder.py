@@ -1,0 +1,221 @@
+"""FP16 ONNX graph → engine, by whichever TensorRT is installed.
+
+One builder for `tensorrt` (10 and 11, in the container) and `tensorrt_rtx` (compiles for any of
+its GPUs without one, so it is the check that runs everywhere; Triton cannot load what it makes).
+No precision flag is ever set: TensorRT 11 has none, and networks are strongly typed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.engines.facts import Facts, check_facts, facts_of
+from deploy.engines.profiles import Profile
+from retrieval_contract.errors import EngineError
+
+RUNTIMES = ("tensorrt", "tensorrt_rtx")
+FATAL = ("kMAX values are not self-consistent",)
+"""Warnings that announce an engine which fails at run time."""
+
+Told = Callable[[str, int, int], None]
+"""Phase, steps done, steps in all."""
+
+
+def say_nothing(phase: str, done: int, total: int) -> None:
+    """For who does not watch."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serialized engine, and what it turned out to be."""
+
+    plan: bytes
+    facts: Facts
+    attention_layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An installed TensorRT: its Python module."""
+
+    trt: Any
+
+    @property
+    def name(self) -> str:
+        """`tensorrt` or `tensorrt_rtx`."""
+        return str(self.trt.__name__)
+
+    @property
+    def version(self) -> str:
+        """Engines are of one version."""
+        return str(self.trt.__version__)
+
+    @property
+    def architectures(self) -> list[str]:
+        """What it compiles for without a GPU (`SM89`), or nothing: then for the GPU at hand."""
+        capabilities = getattr(self.trt, "ComputeCapability", None)
+        names = capabilities.__members__ if capabilities else {}
+        return [name for name in names if name.startswith("SM")]
+
+
+def find_runtime(names: Sequence[str] = RUNTIMES) -> Runtime:
+    """The first that can be imported; EngineError where there is none."""
+    for name in names:
+        try:
+            return Runtime(importlib.import_module(name))
+        except ImportError:
+            continue
+    raise EngineError(
+        f"expected one of the Python modules {list(names)}, found none; "
+        "`make setup` installs tensorrt_rtx, NVIDIA's Triton image has tensorrt's libraries"
+    )
+
+
+def build(
+    runtime: Runtime,
+    graph: bytes,
+    profiles: Sequence[Profile],
+    *,
+    architecture: str | None = None,
+    timing_cache: Path | None = None,
+    told: Told = say_nothing,
+) -> Engine:
+    """Parse, compile, prove half precision and fused attention.
+
+    `graph` is a whole ONNX file; `profiles` are checked ones (`check_profiles`); `architecture`
+    is one of `runtime.architectures`. Raises EngineError with the parser's or builder's words.
+    """
+    trt, started = runtime.trt, time.monotonic()
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network, _parser = _parse(trt, builder, log, graph)  # which owns the network's weights
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the facts are read from it
+    config.progress_monitor = _monitor(trt, told)
+    if architecture:
+        if architecture not in runtime.architectures:
+            raise EngineError(
+                f"{runtime.name} {runtime.version}: expected one of {runtime.architectures}, "
+                f"got {architecture}"
+            )
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[architecture], 0)
+    for profile in profiles:
+        _add_profile(builder, config, profile)
+    timings = _timings(config, timing_cache)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise EngineError(f"{runtime.name} {runtime.version}: {log.complaints()}")
+    if fatal := [line for line in log.lines if any(word in line for word in FATAL)]:
+        raise EngineError(
+            f"{fatal[0]}: a profile is larger than the graph allows; build the profiles from "
+            "the release"
+        )
+    if timings is not None and timing_cache:
+        timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        timing_cache.write_bytes(memoryview(timings.serialize()))
+    attention = attention_layers(trt, network)
+    facts = facts_of(log.lines, len(profiles))
+    check_facts(facts, attention)
+    return Engine(bytes(serialized), facts, attention, time.monotonic() - started)
+
+
+def attention_layers(trt: Any, network: Any) -> int:
+    """Of a parsed network: softmaxes whose result, reshaped or cast, a matrix product reads."""
+    kinds = trt.LayerType
+    passed_on: dict[str, list[Any]] = {}
+    layers = [network.get_layer(at) for at in range(network.num_layers)]
+    for layer in layers:
+        if layer.num_inputs and (first := layer.get_input(0)) is not None:
+            passed_on.setdefault(first.name, []).append(layer)
+
+    def feeds_a_product(layer: Any) -> bool:
+        readers = passed_on.get(layer.get_output(0).name, [])
+        return any(
+            reader.type == kinds.MATRIX_MULTIPLY
+            or (reader.type in (kinds.SHUFFLE, kinds.CAST) and feeds_a_product(reader))
+            for reader in readers
+        )
+
+    return sum(layer.type == kinds.SOFTMAX and feeds_a_product(layer) for layer in layers)
+
+
+def _parse(trt: Any, builder: Any, log: Any, graph: bytes) -> tuple[Any, Any]:
+    flags = trt.NetworkDefinitionCreationFlag
+    strongly_typed = getattr(flags, "STRONGLY_TYPED", None)  # no flag: no other way exists
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(graph):
+        errors = [str(parser.get_error(at).desc()) for at in range(parser.num_errors)]
+        raise EngineError(
+            f"the parser refused the graph: {'; '.join(errors) or log.complaints()}; "
+            "export it again, and feed it the surgeons' graph, not one that a runtime optimised"
+        )
+    return network, parser
+
+
+def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
+    made = builder.create_optimization_profile()
+    for name, shapes in profile.inputs.items():
+        made.set_shape(name, shapes.min, shapes.opt, shapes.max)
+    if config.add_optimization_profile(made) < 0:
+        raise EngineError(f"profile {profile.name}: refused by the builder: {profile.inputs}")
+
+
+def _timings(config: Any, path: Path | None) -> Any:
+    """A cache of kernels' timings for this config, taken up from `path`; none where not wanted."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is not None:
+        config.set_timing_cache(cache, ignore_mismatch=True)
+    return cache
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Every line, kept."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.lines.extend(message.splitlines())
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def complaints(self) -> str:
+            """The errors, or that there was none."""
+            return "; ".join(self.errors) or "failed without a word"
+
+    return Log()
+
+
+def _monitor(trt: Any, told: Told) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Phases nest; each counts its own steps."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.steps[name] = steps
+            told(name, 0, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            told(name, step + 1, self.steps[name])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            told(name, self.steps[name], self.steps[name])
+
+    return Monitor()

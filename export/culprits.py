@@ -1,0 +1,144 @@
+"""Which nodes break a tower in half precision: found by bisection, with the evidence.
+
+Nodes are put into half precision in their order. The first with which the vectors go past the
+bound is a culprit: it becomes an island, and the search goes on behind it until the rest may be
+half. Judged by `onnx.reference`, which rounds every tensor, unlike ONNX Runtime on a processor,
+where casts are fused away and overflows hide.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+
+from export.half import FULL, LARGEST, to_half, typed
+from retrieval_contract.errors import ExportError
+from retrieval_contract.tensors import Array
+
+Feed = dict[str, Array]
+Judge = Callable[[onnx.ModelProto], float]
+"""A graph → how far it is off, ≥ 0; infinite where it gives no finite vectors."""
+Told = Callable[[int, int], None]
+MOST = 64
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """One node, and how far off the vectors are without and with it in half precision."""
+
+    name: str
+    op: str
+    before: float
+    after: float
+    largest: float
+    """The largest absolute value that it reads or gives, in FP32."""
+
+    @property
+    def why(self) -> str:
+        """For people."""
+        if self.largest > LARGEST:
+            return f"overflows: reaches {self.largest:.3g}, half precision ends at {LARGEST:.0f}"
+        return f"rounding: values up to {self.largest:.3g}"
+
+    def as_json(self) -> dict[str, object]:
+        """For the island file."""
+        return asdict(self) | {"why": self.why}
+
+
+def distance(model: onnx.ModelProto, feed: Feed, expected: Array) -> float:
+    """1 − the lowest cosine over rows, by the reference evaluator; rows of zeros do not count."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        got = ReferenceEvaluator(model).run(None, dict(feed))[0].astype(np.float64)
+    if not np.isfinite(got).all():
+        return float("inf")
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+    there = np.linalg.norm(expected, axis=1) > 0
+    cosines = (got * expected).sum(1)[there] / np.maximum(norms[there], 1e-30)
+    return max(0.0, float(1 - cosines.min(initial=1.0)))
+
+
+def parity_judge(model: onnx.ModelProto, feed: Feed) -> Judge:
+    """How far a graph's vectors are from those of the FP32 `model` on the same rows."""
+    expected = ReferenceEvaluator(model).run(None, dict(feed))[0].astype(np.float64)
+    return lambda graph: distance(graph, feed, expected)
+
+
+def find_culprits(
+    model: onnx.ModelProto,
+    judge: Judge,
+    bound: float,
+    feed: Feed,
+    islands: Sequence[str] = (),
+    told: Told = lambda found, trials: None,
+) -> list[Culprit]:
+    """Nodes to add to `islands` so that the rest in half precision stays within `bound`.
+
+    `told(culprits so far, graphs tried)`. Raises ExportError when even FP32 is past the bound,
+    and when more than MOST nodes would be needed.
+    """
+    order = [node.name for node in typed(model).toposort().nodes]
+    ops = {node.name: node.op for node in typed(model).nodes}
+    found: list[Culprit] = []
+    tried: dict[tuple[int, int], float] = {}
+
+    def off(count: int) -> float:
+        """With the first `count` nodes in half precision, but for islands and culprits."""
+        key = len(found), count
+        if key not in tried:
+            full = {*islands, *(c.name for c in found), *order[count:]}
+            try:
+                tried[key] = judge(gs.export_onnx(to_half(typed(model), full)))
+            except ExportError:  # a constant that half precision cannot hold
+                tried[key] = float("inf")
+            told(len(found), len(tried))
+        return tried[key]
+
+    if off(0) > bound:
+        raise ExportError(f"FP32 itself is off by {off(0):.1e}, more than the bound {bound:.1e}")
+    largest = _largest_values(model, feed)
+    while off(len(order)) > bound:
+        if len(found) == MOST:
+            raise ExportError(f"more than {MOST} culprits: the bound {bound:.1e} asks for FP32")
+        good, bad = 0, len(order)  # everything up to `good` is harmless, up to `bad` is not
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if off(middle) > bound else (middle, bad)
+        name = order[good]
+        found.append(Culprit(name, ops[name], off(good), off(bad), largest.get(name, 0.0)))
+    return found
+
+
+def _largest_values(model: onnx.ModelProto, feed: Feed) -> dict[str, float]:
+    """Of every node: the largest absolute value among its floating inputs and outputs, in FP32."""
+    graph = typed(model)
+    ends = {
+        node.name: [
+            tensor.name
+            for tensor in (*node.inputs, *node.outputs)
+            if isinstance(tensor, gs.Variable) and tensor.dtype == FULL and tensor.inputs
+        ]
+        for node in graph.nodes
+    }
+    asked = sorted({name for names in ends.values() for name in names})
+    values = ReferenceEvaluator(_telling(model, asked)).run(asked, dict(feed))
+    largest = {
+        name: float(np.abs(value).max(initial=0.0))
+        for name, value in zip(asked, values, strict=True)
+    }
+    return {name: max(map(largest.__getitem__, names), default=0.0) for name, names in ends.items()}
+
+
+def _telling(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The same model with inner tensors as outputs."""
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    there = {value.name for value in told.graph.output}
+    told.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in there)
+    return told
