@@ -7,6 +7,7 @@ PIP_ARGS ?=
 PYTHON ?= python3
 CATALOG ?=
 CHECKPOINT ?= towers/weights/make
+DATA ?=
 USERS ?= 8
 SECONDS ?= 15
 
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve release bench repository clean
+.PHONY: help setup demo test lint serve release bench engine-check parity repository clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +55,14 @@ serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) 
 
 release: setup  ## checkpoint -> ONNX -> model repository under build/releases
 	$(PY) -m export repository --checkpoint $(CHECKPOINT)
+
+engine-check: release  ## both towers compiled for four GPU architectures, without a GPU
+	$(PY) -m deploy.engines check
+
+parity: release  ## torch -> ONNX -> FP16 -> served, down to recall; DATA=folder with judged queries
+	$(if $(DATA),,$(PY) -m deploy.rendered.catalog --out build/rendered_catalog)
+	$(PY) -m deploy.local --grpc-port 0 --http-port 0 --metrics-port 0 --run $(PY) -m export parity \
+	    --checkpoint $(CHECKPOINT) --data $(if $(DATA),"$(DATA)",build/rendered_catalog)
 
 repository: setup  ## remake the committed configs in model_repository
 	$(PY) -m export configs

@@ -1,7 +1,9 @@
-"""python -m export onnx|repository|configs: checkpoint → what servers load.
+"""python -m export onnx|repository|parity|culprits|configs: checkpoint → what servers load.
 
-onnx        --checkpoint DIR --out DIR        both towers as ONNX, parity enforced
+onnx        --checkpoint DIR --out DIR        both towers as ONNX, FP32 and FP16, parity enforced
 repository  --checkpoint DIR [--out DIR]      a whole release under build/releases/<id>
+parity      --checkpoint DIR --data DIR       from torch to what is served, down to recall
+culprits    --checkpoint DIR                  nodes that break a tower in half precision
 configs                                       remake the committed configs (reference sizes)
 """
 
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
 
 from export.config_from_contract import UNRELEASED
+from export.culprits import read_islands, write_culprits
 from export.publish import SOURCES, publish, write_configs, write_onnx
+from export.rungs import Asked, climb_all
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.release import Release
 from towers.checkpoint import load_towers
@@ -35,23 +40,52 @@ def reference_release() -> Release:
     )
 
 
-def main() -> None:
-    """Command line; the last line of output is JSON."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(
         prog="python -m export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, out in (("onnx", "build/onnx"), ("repository", "build/releases")):
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, out in (
+        ("onnx", "build/onnx"),
+        ("repository", "build/releases"),
+        ("parity", "build/parity"),
+        ("culprits", "build/culprits"),
+    ):
         command = commands.add_parser(name)
         command.add_argument("--checkpoint", required=True, help="folder, or a hub name (CLIP)")
         command.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+        if name in ("onnx", "repository"):
+            command.add_argument(
+                "--islands", type=Path, help="more nodes to leave in FP32: a file of `culprits`"
+            )
+        if name == "parity":
+            command.add_argument("--data", type=Path, required=True, help="a data folder")
+            command.add_argument("--products", type=int, default=1000, help="default: 1000")
+            command.add_argument(
+                "--served",
+                default=os.environ.get("RETRIEVAL_TRITON"),
+                help="a server of this checkpoint, as the last rung; default: RETRIEVAL_TRITON",
+            )
+        if name == "culprits":
+            command.add_argument("--bound", type=float, default=5e-4, help="of 1 − cosine")
+            command.add_argument(
+                "--rule", action="store_true", help="begin with the islands that export takes"
+            )
     commands.add_parser("configs")
-    args = parser.parse_args()
-    console = Console(stderr=True)
+    return top
+
+
+def main() -> None:
+    """Command line; the last line of output is JSON."""
+    args = parser().parse_args()
     try:
-        print(json.dumps(run(args, console)))
+        report = run(args, Console(stderr=True))
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
+    print(json.dumps(report))
+    if report.get("ok") is False:
+        raise SystemExit(1)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, object]:
@@ -60,11 +94,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, object]:
         write_configs(SOURCES, reference_release(), UNRELEASED)
         return {"configs": str(SOURCES)}
     towers = load_towers(args.checkpoint)
+    if args.command == "parity":
+        asked = Asked(args.checkpoint, args.data, args.products, args.served)
+        return climb_all(towers, asked, args.out, console)
+    if args.command == "culprits":
+        return write_culprits(towers, args.bound, args.rule, args.out, console)
     release_id = towers.release().release_id
+    islands = read_islands(args.islands) if args.islands else {}
     if args.command == "onnx":
-        graphs = write_onnx(towers, args.out, console)
+        graphs = write_onnx(towers, args.out, console, islands)
         return {"release_id": release_id, "out": str(args.out), "graphs": graphs}
-    home = publish(towers, args.out, console)
+    home = publish(towers, args.out, console, islands)
     return {"release_id": release_id, "release": str(home)}
 
 

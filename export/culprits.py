@@ -8,24 +8,32 @@ where casts are fused away and overflows hide.
 
 from __future__ import annotations
 
-import warnings
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
+from rich.console import Console
 
-from export.half import FULL, LARGEST, to_half, typed
+from export.half import FULL, LARGEST, islands_of, to_half, typed
+from export.onnx_from_towers import onnx_from_towers
+from export.parity import cases, few, reference
+from export.surgery import operate
+from retrieval_contract import models
 from retrieval_contract.errors import ExportError
 from retrieval_contract.tensors import Array
+from towers.two_towers import TwoTowers
 
 Feed = dict[str, Array]
 Judge = Callable[[onnx.ModelProto], float]
 """A graph → how far it is off, ≥ 0; infinite where it gives no finite vectors."""
 Told = Callable[[int, int], None]
 MOST = 64
+ISLANDS_FILE = "islands.json"
 
 
 @dataclass(frozen=True)
@@ -44,18 +52,67 @@ class Culprit:
         """For people."""
         if self.largest > LARGEST:
             return f"overflows: reaches {self.largest:.3g}, half precision ends at {LARGEST:.0f}"
-        return f"rounding: values up to {self.largest:.3g}"
+        return f"values up to {self.largest:.3g}: rounding, or a sum inside the node overflows"
 
     def as_json(self) -> dict[str, object]:
         """For the island file."""
         return asdict(self) | {"why": self.why}
 
 
+def write_culprits(
+    towers: TwoTowers, bound: float, rule: bool, out: Path, console: Console
+) -> dict[str, object]:
+    """Search both towers, on the parity cases; writes `islands.json` under `out`, with evidence.
+
+    `rule`: begin with the islands that export takes anyway, else with none.
+    """
+    report: dict[str, list[dict[str, object]]] = {}
+    for model in models.TOWERS:
+        graph = operate(onnx_from_towers(towers, model), model, towers.release())
+        (feed,) = few(cases(model, towers))
+        with console.status(model.name) as status:
+            found = find_culprits(
+                graph,
+                parity_judge(graph, feed),
+                bound,
+                feed,
+                islands_of(typed(graph)) if rule else (),
+                lambda names, tried, name=model.name, status=status: status.update(
+                    f"{name}: {names} culprits, {tried} graphs tried"
+                ),
+            )
+        for culprit in found:
+            console.print(
+                f"{model.name}: {culprit.name} ({culprit.op}) {culprit.before:.1e} → "
+                f"{culprit.after:.1e}; {culprit.why}",
+                markup=False,
+            )
+        console.print(f"{model.name}: {len(found)} culprits past 1 − cosine = {bound:.0e}")
+        report[model.name] = [culprit.as_json() for culprit in found]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ISLANDS_FILE
+    path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return {"islands": str(path), "bound": bound, "culprits": report}
+
+
+def read_islands(path: Path) -> dict[str, list[str]]:
+    """Nodes by tower, from a file of `write_culprits`; ExportError for anything else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {
+            model.name: [culprit["name"] for culprit in found[model.name]]
+            for model in models.TOWERS
+        }
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ExportError(
+            f"{path}: expected an island file ({type(exc).__name__}: {exc}); write one with "
+            "`python -m export culprits`"
+        ) from exc
+
+
 def distance(model: onnx.ModelProto, feed: Feed, expected: Array) -> float:
     """1 − the lowest cosine over rows, by the reference evaluator; rows of zeros do not count."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        got = ReferenceEvaluator(model).run(None, dict(feed))[0].astype(np.float64)
+    got = reference(model)(feed).astype(np.float64)
     if not np.isfinite(got).all():
         return float("inf")
     norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
@@ -66,7 +123,7 @@ def distance(model: onnx.ModelProto, feed: Feed, expected: Array) -> float:
 
 def parity_judge(model: onnx.ModelProto, feed: Feed) -> Judge:
     """How far a graph's vectors are from those of the FP32 `model` on the same rows."""
-    expected = ReferenceEvaluator(model).run(None, dict(feed))[0].astype(np.float64)
+    expected = reference(model)(feed).astype(np.float64)
     return lambda graph: distance(graph, feed, expected)
 
 

@@ -1,57 +1,76 @@
 """The parity ladder: from torch to what is served, one rung a step, down to what search finds.
 
 Every rung encodes the same real texts and pictures. Its vectors are compared with torch's in
-FP32, and put in their place on one side of a search: whatever a rung costs in recall shows there.
+FP32, and take their place on one side of a search: what a rung costs in recall shows there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from export.parity import Budget, Encode
+from retrieval_contract import models
 from retrieval_contract.errors import ExportError
+from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from retrieval_contract.tensors import Array, Model
-from towers.learning.catalog import Query
+from towers.learning.catalog import ProductData, Query
 from towers.learning.metrics import Figures, Interval, figures_of, mean_interval
+from towers.two_towers import TowersSpec
 
 TOP = 10
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One step of one tower."""
-
-    name: str
-    tower: Model
-    budget: Budget
-    encode: Encode
-    rows: int | None = None
-    """How many rows it is tried on, where it is too slow for all."""
+BATCH = 32
+ALONE = 5
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Served inputs of one tower, and what torch makes of them in FP32."""
+    """Rows of one tower: as callers send them, as the tower gets them, and torch's vectors."""
 
+    raw: Mapping[str, Sequence[bytes]]
     inputs: Mapping[str, Array]
     vectors: Array
+
+    def part(self, rows: Sequence[int]) -> Sample:
+        """Some rows, padded to the longest of them."""
+        raw = {name: [column[row] for row in rows] for name, column in self.raw.items()}
+        inputs = trimmed({name: array[list(rows)] for name, array in self.inputs.items()})
+        return Sample(raw, inputs, self.vectors[list(rows)] if len(self.vectors) else self.vectors)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of one tower; `rows`: how many it is tried on, where it is too slow for all."""
+
+    name: str
+    tower: Model
+    budget: Budget
+    encode: Callable[[Sample], Array]
+    rows: int | None = None
+
+
+def by_inputs(encode: Encode) -> Callable[[Sample], Array]:
+    """A runtime that takes a tower's tensors."""
+    return lambda sample: encode(sample.inputs)
 
 
 @dataclass(frozen=True)
 class Search:
-    """Queries with their judgements, and the ids of the products, in the order of the samples."""
+    """Queries with their judgements, and products' ids, in the order of the samples' rows."""
 
     queries: Sequence[Query]
     ids: Sequence[str]
 
     def figures(self, queries: Array, products: Array) -> Figures:
-        """Of every query, with these vectors."""
+        """Of every query, with these vectors; Recall@10 beside the rest."""
         found = figures_of(self.queries, self.ids, queries @ products.T)
         relevant = np.array([len(query.grades) for query in self.queries])
-        # What capped recall divides by min(10, R), recall divides by R.
         found["recall@10"] = found["capped_recall@10"] * np.minimum(TOP, relevant) / relevant
         return found
 
@@ -63,11 +82,10 @@ class Found:
     rung: Rung
     rows: int
     max_abs: float
-    cosine_p0: float
-    cosine_p1: float
-    cosine_p50: float
+    cosines: tuple[float, float, float]
+    """The lowest, the first percentile, the median."""
     invariance: float
-    overlap: float | None = None
+    overlap: float = 1.0
     recall: Interval | None = None
     ndcg: Interval | None = None
 
@@ -75,37 +93,38 @@ class Found:
     def faults(self) -> list[str]:
         """What is past its budget."""
         budget, faults = self.rung.budget, []
-        if not self.cosine_p0 >= budget.cosine:
-            faults.append(f"cosine {self.cosine_p0:.6f}, at least {budget.cosine:.6f}")
+        if not self.cosines[0] >= budget.cosine:
+            faults.append(f"cosine {self.cosines[0]:.6f}, expected at least {budget.cosine:.6f}")
         if not self.max_abs <= budget.max_abs:
-            faults.append(f"max abs {self.max_abs:.1e}, at most {budget.max_abs:.0e}")
+            faults.append(f"max abs {self.max_abs:.1e}, expected at most {budget.max_abs:.0e}")
         if not self.invariance <= budget.invariance:
             faults.append(
-                f"a row alone and in company differ by {self.invariance:.1e}, "
-                f"at most {budget.invariance:.0e}"
+                f"a row alone and in company differ by {self.invariance:.1e}, expected at most "
+                f"{budget.invariance:.0e}"
             )
         if self.recall and not abs(self.recall.value) <= budget.recall:
             faults.append(
-                f"Recall@10 changes by {self.recall.value:+.4f}, at most ±{budget.recall}"
+                f"Recall@10 changes by {self.recall.value:+.4f}, expected at most ±{budget.recall}"
             )
         return faults
 
     def as_json(self) -> dict[str, object]:
         """One entry of the report."""
+        lowest, first, median = (round(value, 7) for value in self.cosines)
         said: dict[str, object] = {
             "rung": self.rung.name,
             "tower": self.rung.tower.name,
             "rows": self.rows,
             "max_abs": self.max_abs,
-            "cosine_p0": round(self.cosine_p0, 7),
-            "cosine_p1": round(self.cosine_p1, 7),
-            "cosine_p50": round(self.cosine_p50, 7),
-            "alone_vs_company": self.invariance,
+            "cosine_p0": lowest,
+            "cosine_p1": first,
+            "cosine_p50": median,
+            "alone_or_in_company": self.invariance,
             "faults": self.faults,
         }
         if self.recall and self.ndcg:
             said |= {
-                "top10_overlap": round(self.overlap or 0.0, 4),
+                "top10_overlap": round(self.overlap, 4),
                 "recall@10_delta": round(self.recall.value, 5),
                 "interval": [round(self.recall.low, 5), round(self.recall.high, 5)],
                 "ndcg@10_delta": round(self.ndcg.value, 5),
@@ -114,45 +133,82 @@ class Found:
         return said
 
 
-def climb(
-    rung: Rung, samples: Mapping[str, Sample], search: Search | None, query_tower: str
-) -> Found:
-    """Try one rung; `samples` by tower, `search` over the rows of both.
+def samples_of(
+    spec: TowersSpec, queries: Sequence[str], products: ProductData
+) -> dict[str, Sample]:
+    """Both towers' rows, prepared as the server does it; no vectors yet."""
+    text = TextPreprocessor(spec.query.tokenizer_json, spec.query.spec, required=True)
+    product = ProductPreprocessor(spec.title.tokenizer_json, spec.title.spec, spec.image)
+    asked = [query.encode() for query in queries]
+    titles = [title.encode() for title in products.titles]
+    batch = text(asked)
+    none = np.zeros((0, spec.vector_dim), np.float32)
+    return {
+        models.QUERY_TOWER.name: Sample(
+            {models.QUERY.name: asked},
+            {models.QUERY_IDS.name: batch.ids, models.QUERY_MASK.name: batch.mask},
+            none,
+        ),
+        models.PRODUCT_TOWER.name: Sample(
+            {models.TITLE.name: titles, models.IMAGE.name: products.images},
+            product(titles, products.images).tensors,
+            none,
+        ),
+    }
 
-    A rung that is tried on a part of the rows says nothing about search.
+
+def encoded(
+    encode: Callable[[Sample], Array], sample: Sample, advance: Advance = lambda rows: None
+) -> Array:
+    """Vectors of all rows, in batches."""
+    parts = []
+    for start in range(0, len(sample), BATCH):
+        part = sample.part(range(start, min(start + BATCH, len(sample))))
+        parts.append(encode(part))
+        advance(len(part))
+    return np.concatenate(parts)
+
+
+def climb(
+    rung: Rung,
+    samples: Mapping[str, Sample],
+    search: Search | None,
+    advance: Advance = lambda rows: None,
+) -> Found:
+    """Try one rung; `samples` by tower, with torch's vectors.
+
+    A rung that is tried on some rows only says nothing about search. Raises ExportError for
+    vectors that are not finite or of another shape.
     """
-    sample = samples[rung.tower.name]
-    rows = min(rung.rows or len(sample.vectors), len(sample.vectors))
-    inputs = {name: array[:rows] for name, array in sample.inputs.items()}
-    got = rung.encode(inputs)
-    if got.shape != sample.vectors[:rows].shape or not np.isfinite(got).all():
+    whole = samples[rung.tower.name]
+    sample = whole.part(range(min(rung.rows or len(whole), len(whole))))
+    got = encoded(rung.encode, sample, advance)
+    if got.shape != sample.vectors.shape or not np.isfinite(got).all():
         raise ExportError(
-            f"{rung.name}, {rung.tower.name}: expected finite vectors "
-            f"{sample.vectors[:rows].shape}, got {got.shape} with "
-            f"{int(np.size(got) - np.isfinite(got).sum())} that are not"
+            f"{rung.name}, {rung.tower.name}: expected finite vectors {sample.vectors.shape}, got "
+            f"{got.shape}, {int((~np.isfinite(got)).any(-1).sum())} rows of them not finite"
         )
-    expected = sample.vectors[:rows]
-    cosines = cosines_of(got, expected)
+    cosines = np.percentile(cosines_of(got, sample.vectors), (0, 1, 50))
+    alone = np.linspace(0, len(sample) - 1, min(ALONE, len(sample))).astype(int).tolist()
     found = Found(
         rung,
-        rows,
-        float(np.abs(got - expected).max()),
-        *(float(np.percentile(cosines, p)) for p in (0, 1, 50)),
-        invariance=alone_against_company(rung.encode, inputs, got),
+        len(sample),
+        float(np.abs(got - sample.vectors).max()),
+        (float(cosines[0]), float(cosines[1]), float(cosines[2])),
+        max(float(np.abs(rung.encode(sample.part([row]))[0] - got[row]).max()) for row in alone),
     )
-    if search is None or rows < len(sample.vectors):
+    if search is None or len(sample) < len(whole):
         return found
-    other = next(s for name, s in samples.items() if name != rung.tower.name).vectors
-    ours = (got, other) if rung.tower.name == query_tower else (other, got)
-    theirs = (expected, other) if rung.tower.name == query_tower else (other, expected)
-    after, before = search.figures(*ours), search.figures(*theirs)
-    return Found(
-        **{name: getattr(found, name) for name in found.__dataclass_fields__}
-        | {
-            "overlap": overlap_of(ours[0] @ ours[1].T, theirs[0] @ theirs[1].T),
-            "recall": mean_interval(after["recall@10"] - before["recall@10"]),
-            "ndcg": mean_interval(after["ndcg@10"] - before["ndcg@10"]),
-        }
+    before = {name: one.vectors for name, one in samples.items()}
+    after = before | {rung.tower.name: got}
+    sides = (models.QUERY_TOWER.name, models.PRODUCT_TOWER.name)
+    ours, theirs = ([vectors[side] for side in sides] for vectors in (after, before))
+    now, then = search.figures(*ours), search.figures(*theirs)
+    return replace(
+        found,
+        overlap=overlap_of(ours[0] @ ours[1].T, theirs[0] @ theirs[1].T),
+        recall=mean_interval(now["recall@10"] - then["recall@10"]),
+        ndcg=mean_interval(now["ndcg@10"] - then["ndcg@10"]),
     )
 
 
@@ -167,31 +223,15 @@ def cosines_of(got: Array, expected: Array) -> Array:
 def overlap_of(ours: Array, theirs: Array) -> float:
     """Of the ten best products of each query, the share that stays; scores (queries, products)."""
     best = [np.argsort(-scores, axis=1, kind="stable")[:, :TOP] for scores in (ours, theirs)]
-    shares = [
-        len(set(a) & set(b)) / len(a) for a, b in zip(*map(np.ndarray.tolist, best), strict=True)
-    ]
-    return float(np.mean(shares))
-
-
-def alone_against_company(encode: Encode, inputs: Mapping[str, Array], together: Array) -> float:
-    """Largest difference when a row is encoded alone, cut to its own length."""
-    worst = 0.0
-    for row in np.linspace(0, len(together) - 1, 3).astype(int):
-        alone = trimmed({name: array[row : row + 1] for name, array in inputs.items()})
-        worst = max(worst, float(np.abs(encode(alone)[0] - together[row]).max()))
-    return worst
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(*best, strict=True)]))
 
 
 def trimmed(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Token axes as long as the longest row; at least 2, the least that the graph is made for."""
-    lengths = {
-        name.removesuffix("_mask"): max(2, int(array.sum(1).max()))
-        for name, array in inputs.items()
-        if name.endswith("_mask")
-    }
-    return {
-        name: array[:, : lengths[name.rsplit("_", 1)[0]]]
-        if name.rsplit("_", 1)[0] in lengths and name.endswith(("_ids", "_mask"))
-        else array
-        for name, array in inputs.items()
-    }
+    """Token axes cut to the longest row; two at least, the fewest that graphs are traced for."""
+    kept = dict(inputs)
+    for name, mask in inputs.items():
+        if name.endswith("_mask"):
+            longest = max(2, int(mask.sum(1).max()))
+            ids = f"{name.removesuffix('_mask')}_ids"
+            kept |= {name: mask[:, :longest], ids: inputs[ids][:, :longest]}
+    return kept

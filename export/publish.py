@@ -19,8 +19,10 @@ import shutil
 import struct
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -47,6 +49,8 @@ from retrieval_contract.release import Release
 from retrieval_contract.tensors import Dtype, Engine, Model
 from towers.two_towers import TwoTowers
 
+Islands = Mapping[str, Sequence[str]]
+NO_ISLANDS: Islands = MappingProxyType({})
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "model_repository"
 MANIFEST_FILE = "manifest.json"
@@ -65,17 +69,19 @@ TOOLS = (
 )
 
 
-def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[str, Any]]:
+def write_onnx(
+    towers: TwoTowers, folder: Path, console: Console, islands: Islands = NO_ISLANDS
+) -> list[dict[str, Any]]:
     """Export both towers into `folder`, each in FP32 and FP16, beside `release.json`.
 
-    Returns what the manifest says of each. Raises ExportError, and then writes no graph of that
-    tower.
+    `islands`: by tower, nodes to leave in FP32 beside those of the rule. Returns what the
+    manifest says of each. Raises ExportError, and then writes no graph of that tower.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for model in models.TOWERS:
         with console.status(f"{model.name}: tracing, cutting, comparing"):
-            facts = write_tower(towers, model, folder)
+            facts = write_tower(towers, model, folder, islands.get(model.name, ()))
         console.print(f"{model.name}: {facts['nodes']} nodes, {facts['half_share']:.0%} in half")
         for name, proof in facts["parity"].items():
             console.print(
@@ -87,7 +93,9 @@ def write_onnx(towers: TwoTowers, folder: Path, console: Console) -> list[dict[s
     return found
 
 
-def write_tower(towers: TwoTowers, model: Model, folder: Path) -> dict[str, Any]:
+def write_tower(
+    towers: TwoTowers, model: Model, folder: Path, more_islands: Sequence[str] = ()
+) -> dict[str, Any]:
     """One tower's two graphs, proved; what the manifest says of them."""
     passes: list[dict[str, object]] = []
 
@@ -95,7 +103,7 @@ def write_tower(towers: TwoTowers, model: Model, folder: Path) -> dict[str, Any]
         passes.append({"pass": name, "before": before, "after": after})
 
     graph = operate(onnx_from_towers(towers, model), model, towers.release(), tell)
-    islands = islands_of(typed(graph))
+    islands = list(dict.fromkeys([*islands_of(typed(graph)), *more_islands]))
     half = half_of(graph, islands)
     tried = list(cases(model, towers))
     proofs = {
@@ -121,20 +129,22 @@ def graph_file(model: Model, name: str) -> str:
     return f"{model.name}{name.removeprefix('model')}"
 
 
-def publish(towers: TwoTowers, releases: Path, console: Console) -> Path:
+def publish(
+    towers: TwoTowers, releases: Path, console: Console, islands: Islands = NO_ISLANDS
+) -> Path:
     """Build `<releases>/<release_id>` unless this very code built it already; return it."""
     release = towers.release()
     home = releases / release.release_id
-    if _is_built(home):
+    if _is_built(home, islands):
         console.print(f"release {release.release_id} is already built: {home}")
         _point_latest(home)
         return home
     releases.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=releases, prefix=".building-") as name:
         folder = Path(name) / release.release_id
-        graphs = write_onnx(towers, folder, console)
+        graphs = write_onnx(towers, folder, console, islands)
         assemble(towers, release, folder)
-        write_manifest(folder, release, graphs)
+        write_manifest(folder, release, graphs, islands)
         make_read_only(folder)
         if home.exists():  # made by other code: replace it whole
             home.rename(Path(name) / "old")
@@ -188,13 +198,16 @@ def _write_warmup(model: Model, folder: Path) -> None:
             (folder / tensor.name).write_bytes(struct.pack("<I", len(value)) + value)
 
 
-def write_manifest(folder: Path, release: Release, graphs: list[dict[str, Any]]) -> None:
+def write_manifest(
+    folder: Path, release: Release, graphs: list[dict[str, Any]], islands: Islands
+) -> None:
     """Everything needed to remake and to trust the folder."""
     manifest = {
         "release_id": release.release_id,
         "command": ["python", "-m", "export", *sys.argv[1:]],
         "code": code_fingerprint(),
         "seed": SEED,
+        "more_islands": {tower: list(names) for tower, names in islands.items()},
         "graphs": graphs,
         "versions": {tool: version(tool) for tool in TOOLS} | {"python": sys.version.split()[0]},
         "files": hashes_of_files(folder),
@@ -227,14 +240,15 @@ def make_read_only(folder: Path) -> None:
             path.chmod(0o444)
 
 
-def _is_built(home: Path) -> bool:
-    """Whether this very code built it, and every file is still what was written."""
+def _is_built(home: Path, islands: Islands) -> bool:
+    """Whether this very code built it with these islands, and every file is what was written."""
     try:
         manifest = json.loads((home / MANIFEST_FILE).read_text("utf-8"))
-        said = manifest["code"], manifest["files"]
+        said = manifest["code"], manifest["files"], manifest["more_islands"]
     except (OSError, ValueError, KeyError):
         return False
-    return said == (code_fingerprint(), hashes_of_files(home))
+    wanted = {tower: list(names) for tower, names in islands.items()}
+    return said == (code_fingerprint(), hashes_of_files(home), wanted)
 
 
 def _point_latest(home: Path) -> None:

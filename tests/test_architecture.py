@@ -176,14 +176,14 @@ def test_the_project_speaks_of_itself_alone(what: str) -> None:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 
 
 def test_the_readme_names_what_there_is() -> None:
     """Every `make target`, `python -m module` and `retrieval command` of the README exists."""
     from retrieval_client.__main__ import parser
 
-    for target in re.findall(r"make ([a-z]+)", README):
+    for target in re.findall(r"make ([a-z-]+)", README):
         assert target in make_targets(), target
     for module in re.findall(r"python -m ([a-z_.]+)", README):
         path = ROOT / module.replace(".", "/")

@@ -26,11 +26,14 @@ console = Console(stderr=True)
 def show(checked: list[Checked], runtime: str) -> None:
     """One row an engine."""
     table = Table(title=f"engines by {runtime}")
-    rows = [one.as_json() for one in checked]
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right" if name != "tower" else "left")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
+    for name in ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB"):
+        table.add_column(name, justify="left" if name == "tower" else "right")
+    for one in checked:
+        said = one.as_json()
+        fused = f"{said['fused_attention']} of {said['attention_layers']}"
+        shown = ("sm", "layers", "half_share", "activation_mb", "mb")
+        sm, layers, half, activation, size = (str(said[name]) for name in shown)
+        table.add_row(one.tower, sm, layers, fused, half, activation, size)
     console.print(table)
 
 

@@ -1,0 +1,158 @@
+"""python -m export parity: every rung of the ladder, for both towers, on real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from rich.console import Console
+from rich.progress import Progress
+
+from export.half import half_of
+from export.ladder import Found, Rung, Sample, Search, by_inputs, climb, encoded, samples_of
+from export.onnx_from_towers import onnx_from_towers
+from export.parity import (
+    EXACT,
+    HALF,
+    HALF_REFERENCE,
+    Encode,
+    normalised,
+    onnx_runtime,
+    reference,
+    torch_vectors,
+)
+from export.report import table_of, write_page
+from export.surgery import operate
+from retrieval_client import Encoder, Settings
+from retrieval_contract import models
+from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
+from retrieval_contract.tensors import Array, Model
+from towers.evaluate import side_of
+from towers.learning.catalog import ProductData, read_data
+from towers.learning.split import fraction_of, sides_of
+from towers.two_towers import TwoTowers
+
+REFERENCE_ROWS = 6
+MOST_QUERIES = 400
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the ladder is climbed with."""
+
+    checkpoint: str
+    data: Path
+    products: int
+    served: str | None
+
+
+def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> dict[str, object]:
+    """All rungs; writes `parity.html` under `out`. Raises ExportError past a budget."""
+    products = sampled(asked)
+    queries = products.queries[:MOST_QUERIES]
+    samples = samples_of(towers.spec, [query.text for query in queries], products)
+    search = Search(queries, products.ids)
+    ladder: list[Found] = []
+    with Progress(console=console, transient=True) as bar:
+        with_torch = {}
+        for model in models.TOWERS:
+            sample = samples[model.name]
+            task = bar.add_task(f"{model.name}: torch", total=len(sample))
+            vectors = encoded(
+                by_inputs(torch_encode(towers, model)),
+                sample,
+                lambda rows, task=task: bar.advance(task, rows),
+            )
+            with_torch[model.name] = replace(sample, vectors=vectors)
+        for rung in rungs_of(towers, asked.served):
+            total = rung.rows or len(samples[rung.tower.name])
+            task = bar.add_task(f"{rung.tower.name}: {rung.name}", total=total)
+            ladder.append(
+                climb(rung, with_torch, search, lambda rows, task=task: bar.advance(task, rows))
+            )
+    console.print(table_of(ladder))
+    about = f"{asked.data.name}: {len(products)} products, {len(queries)} queries"
+    write_page(out / "parity.html", ladder, f"{about}; release {towers.release().release_id}")
+    console.print(f"{about}; page: {out / 'parity.html'}", markup=False)
+    return {
+        "rungs": [found.as_json() for found in ladder],
+        "ok": not any(found.faults for found in ladder),
+    }
+
+
+def sampled(asked: Asked) -> ProductData:
+    """Products by a hash of their ids, of a side that was not trained on; their queries."""
+    data = read_data(asked.data)
+    side = side_of(asked.data, asked.checkpoint)
+    if side != "all":
+        data = data.select(sides_of(data)[side])
+    order = sorted(range(len(data)), key=lambda row: fraction_of(data.ids[row]))
+    data = data.select(order[: asked.products])
+    if not data.queries:
+        raise SourceError(
+            f"{asked.data}: expected queries with judgements of its products, found none; give a "
+            "data folder with queries.csv and qrels.csv"
+        )
+    return data
+
+
+def rungs_of(towers: TwoTowers, served: str | None) -> Iterator[Rung]:
+    """From the exporter's graph to the server, tower by tower."""
+    for model in models.TOWERS:
+        raw = onnx_from_towers(towers, model)
+        graph = operate(raw, model, towers.release())
+        half = half_of(graph)
+        for name, budget, encode, rows in (
+            ("ONNX FP32, as traced", EXACT, as_traced(towers, raw), None),
+            ("ONNX FP32, after surgery", EXACT, onnx_runtime(graph), None),
+            ("ONNX FP16", HALF, onnx_runtime(half), None),
+            ("ONNX FP16, reference", HALF_REFERENCE, reference(half), REFERENCE_ROWS),
+        ):
+            yield Rung(name, model, budget, by_inputs(encode), rows)
+        if served:
+            yield Rung("served over gRPC", model, EXACT, over_grpc(towers, model, served))
+
+
+def torch_encode(towers: TwoTowers, model: Model) -> Encode:
+    """The reference of every rung."""
+    return lambda inputs: torch_vectors(towers, model, dict(inputs))
+
+
+def as_traced(towers: TwoTowers, raw: onnx.ModelProto) -> Encode:
+    """The exporter's graph takes int64 ids and normalised pixels."""
+    run = onnx_runtime(raw)
+
+    def encode(inputs: Mapping[str, Array]) -> Array:
+        feed = {name: array.astype(np.int64) for name, array in inputs.items()}
+        if models.PIXELS.name in inputs:
+            pixels = normalised(inputs[models.PIXELS.name], towers.spec.image)
+            feed[models.PIXELS.name] = pixels.numpy()
+        return run(feed)
+
+    return encode
+
+
+def over_grpc(towers: TwoTowers, model: Model, address: str) -> Callable[[Sample], Array]:
+    """Through a running server: texts and pictures in, vectors out."""
+    encoder = Encoder(replace(Settings.from_env(), triton=address, timeout_s=60.0))
+    release_id = towers.release().release_id
+    if (serves := encoder.served().release_id) != release_id:
+        raise ReleaseMismatch(
+            f"{address}: expected release {release_id} of this checkpoint, it serves {serves}; "
+            "build and serve this checkpoint"
+        )
+
+    def encode(sample: Sample) -> Array:
+        if model is models.QUERY_TOWER:
+            done = encoder.encode_queries([text.decode() for text in sample.raw[models.QUERY.name]])
+        else:
+            titles = [title.decode() for title in sample.raw[models.TITLE.name]]
+            done = encoder.encode_products(titles, sample.raw[models.IMAGE.name])
+        if refused := [str(error) for error in done.errors if error]:
+            raise ExportError(f"{address}: {len(refused)} rows refused, such as {refused[0]}")
+        return done.vectors
+
+    return encode

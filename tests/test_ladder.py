@@ -1,0 +1,263 @@
+"""The parity ladder on a tiny MAKE: every rung, what each must notice, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deploy import local
+from deploy.rendered.catalog import write_rendered_catalog
+from export.culprits import read_islands
+from export.ladder import (
+    Found,
+    Rung,
+    Sample,
+    Search,
+    by_inputs,
+    climb,
+    cosines_of,
+    encoded,
+    overlap_of,
+    samples_of,
+    trimmed,
+)
+from export.parity import EXACT, HALF
+from export.report import write_page
+from export.rungs import Asked, climb_all, rungs_of, torch_encode
+from retrieval_contract import models
+from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
+from retrieval_contract.tensors import Array
+from tests.conftest import ROOT
+from tests.tiny import tiny_make
+from towers.checkpoint import save_make
+from towers.learning.catalog import ProductData, read_data
+
+QUERY, PRODUCT = models.QUERY_TOWER, models.PRODUCT_TOWER
+TOWERS = tiny_make()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rendered_catalog(tmp_path_factory.mktemp("data") / "rendered", products=60)
+
+
+@pytest.fixture(scope="module")
+def products(data: Path) -> ProductData:
+    return read_data(data)
+
+
+@pytest.fixture(scope="module")
+def samples(products: ProductData) -> dict[str, Sample]:
+    """Both towers' rows, with torch's vectors."""
+    found = samples_of(TOWERS.spec, [query.text for query in products.queries], products)
+    return {
+        model.name: replace(
+            found[model.name],
+            vectors=encoded(by_inputs(torch_encode(TOWERS, model)), found[model.name]),
+        )
+        for model in models.TOWERS
+    }
+
+
+@pytest.fixture(scope="module")
+def search(products: ProductData) -> Search:
+    return Search(products.queries, products.ids)
+
+
+@pytest.fixture(scope="module")
+def ladder(samples: dict[str, Sample], search: Search) -> list[Found]:
+    return [climb(rung, samples, search) for rung in rungs_of(TOWERS, None)]
+
+
+def test_every_rung_of_both_towers_is_within_its_budget(ladder: list[Found]) -> None:
+    assert [(f.rung.tower.name, f.rung.name) for f in ladder] == [
+        (tower, rung)
+        for tower in ("query_tower", "product_tower")
+        for rung in (
+            "ONNX FP32, as traced",
+            "ONNX FP32, after surgery",
+            "ONNX FP16",
+            "ONNX FP16, reference",
+        )
+    ]
+    assert not [found.faults for found in ladder if found.faults]
+    by_name = {(f.rung.tower.name, f.rung.name): f for f in ladder}
+    half = by_name["product_tower", "ONNX FP16"]
+    assert half.max_abs > 0  # it is another graph indeed
+    assert half.recall is not None
+    slow = by_name["product_tower", "ONNX FP16, reference"]
+    assert (slow.rows, slow.recall) == (6, None)
+
+
+def wrong(change: float) -> Rung:
+    """A rung whose vectors are off in one direction."""
+    right = torch_encode(TOWERS, PRODUCT)
+
+    def encode(inputs: Mapping[str, Array]) -> Array:
+        vectors = right(inputs)
+        vectors[:, 0] += change
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    return Rung("planted", PRODUCT, HALF, by_inputs(encode))
+
+
+def test_a_rung_past_its_budget_says_what_and_by_how_much(
+    samples: dict[str, Sample], search: Search
+) -> None:
+    assert not climb(wrong(0.0), samples, search).faults
+    faults = climb(wrong(1.0), samples, search).faults
+    assert any(fault.startswith("cosine 0.") for fault in faults)
+    assert any(fault.startswith("max abs") for fault in faults)
+
+
+def test_what_a_rung_costs_in_recall_is_found(samples: dict[str, Sample], search: Search) -> None:
+    """Vectors of other products: each cosine may be high, no query finds what it should."""
+    shuffled = np.random.default_rng(0).permutation(len(samples[PRODUCT.name]))
+    torch_vectors = samples[PRODUCT.name].vectors
+    rows = {row.tobytes(): at for at, row in enumerate(samples[PRODUCT.name].inputs["pixels"])}
+    loose = replace(HALF, cosine=-1.0, max_abs=9.0, invariance=9.0)
+    rung = Rung(
+        "shuffled",
+        PRODUCT,
+        loose,
+        lambda sample: torch_vectors[
+            [shuffled[rows[row.tobytes()]] for row in sample.inputs["pixels"]]
+        ],
+    )
+    found = climb(rung, samples, search)
+    assert found.recall is not None
+    assert found.overlap < 0.9
+    if found.recall.value:  # by chance the untrained towers may find as much
+        assert "Recall@10 changes" in "".join(found.faults)
+
+
+def test_a_row_that_depends_on_its_company_is_found(samples: dict[str, Sample]) -> None:
+    right = torch_encode(TOWERS, QUERY)
+    rung = Rung(
+        "neighbours",
+        QUERY,
+        EXACT,
+        by_inputs(lambda inputs: right(inputs) * (1 + 1e-3 * len(inputs["query_ids"]))),
+    )
+    assert any("alone and in company" in fault for fault in climb(rung, samples, None).faults)
+
+
+def test_vectors_that_are_not_finite_stop_the_ladder(samples: dict[str, Sample]) -> None:
+    dim = TOWERS.spec.vector_dim
+    rung = Rung("nan", QUERY, HALF, lambda sample: np.full((len(sample), dim), np.nan, np.float32))
+    with pytest.raises(ExportError, match="expected finite vectors"):
+        climb(rung, samples, None)
+
+
+def test_cosines_and_overlap() -> None:
+    zero, one = np.zeros((1, 2)), np.array([[1.0, 0.0]])
+    assert cosines_of(zero, zero).tolist() == [1.0]  # refused by both
+    assert cosines_of(zero, one).tolist() == [0.0]
+    scores = np.arange(20.0)[None]
+    assert overlap_of(scores, scores) == 1.0
+    assert overlap_of(scores, -scores) == 0.0
+
+
+def test_rows_are_cut_to_their_longest() -> None:
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    feed = {"query_ids": mask * 5, "query_mask": mask, "has_title": np.ones((2, 1))}
+    assert {name: array.shape for name, array in trimmed(feed).items()} == {
+        "query_ids": (2, 3),
+        "query_mask": (2, 3),
+        "has_title": (2, 1),
+    }
+
+
+def test_the_page_marks_what_is_past_its_budget(
+    ladder: list[Found], samples: dict[str, Sample], search: Search, tmp_path: Path
+) -> None:
+    path = tmp_path / "pages" / "parity.html"
+    write_page(path, [*ladder, climb(wrong(1.0), samples, search)], "sixty <products>")
+    text = path.read_text()
+    assert text.count("<tr class=bad>") == 1
+    assert "sixty &lt;products&gt;" in text
+
+
+def test_what_is_served_is_the_last_rung(triton: local.Server, data: Path, tmp_path: Path) -> None:
+    """The shipped towers through the real server, to the same vectors as torch's."""
+    from towers.checkpoint import SHIPPED, load_towers
+
+    asked = Asked(str(SHIPPED), data, 24, triton.grpc_address)
+    report = climb_all(load_towers(str(SHIPPED)), asked, tmp_path, Console(quiet=True))
+    assert report["ok"] is True
+    rungs = report["rungs"]
+    assert isinstance(rungs, list)
+    served = [rung for rung in rungs if rung["rung"] == "served over gRPC"]
+    assert [rung["tower"] for rung in served] == ["query_tower", "product_tower"]
+    assert all(rung["cosine_p0"] >= 0.999999 and "interval" in rung for rung in served)
+    assert (tmp_path / "parity.html").is_file()
+
+
+def test_a_server_of_other_weights_is_no_rung(triton: local.Server, data: Path) -> None:
+    with pytest.raises(ReleaseMismatch, match="build and serve this checkpoint"):
+        list(rungs_of(TOWERS, triton.grpc_address))
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "export", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_commands_say_what_is_missing(tmp_path: Path, data: Path) -> None:
+    save_make(TOWERS, tmp_path / "tiny")
+    unjudged = tmp_path / "unjudged"
+    unjudged.mkdir()
+    (unjudged / "products.parquet").write_bytes((data / "products.parquet").read_bytes())
+    for args, message in (
+        (("parity", "--checkpoint", tmp_path / "tiny", "--data", unjudged), "queries.csv"),
+        (("parity", "--checkpoint", tmp_path / "tiny", "--data", tmp_path), "products.parquet"),
+        (("parity", "--checkpoint", tmp_path / "no", "--data", data), "no"),
+        (
+            ("repository", "--checkpoint", tmp_path / "tiny", "--islands", unjudged / "no.json"),
+            "export culprits",
+        ),
+    ):
+        done = run(*args)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_culprits_are_written_and_taken_up(tmp_path: Path) -> None:
+    """A layer norm that overflows in half precision, and the island file that says so."""
+    loud = tiny_make()
+    loud.heads.image_head.std.fill_(1e-4)  # standardised features in the thousands
+    save_make(loud, tmp_path / "loud")
+    done = run("culprits", "--checkpoint", tmp_path / "loud", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["culprits"]["product_tower"], done.stderr
+    islands = read_islands(tmp_path / "islands.json")
+    assert islands["product_tower"] == [c["name"] for c in report["culprits"]["product_tower"]]
+
+
+def test_an_island_file_reaches_the_manifest(tmp_path: Path) -> None:
+    from export.publish import publish
+
+    plain = publish(TOWERS, tmp_path / "releases", Console(quiet=True))
+    islands = json.loads((plain / "manifest.json").read_text())["graphs"][0]["islands"]
+    more = {"query_tower": ["node_gelu"]}
+    again = publish(TOWERS, tmp_path / "releases", Console(quiet=True), more)
+    manifest = json.loads((again / "manifest.json").read_text())
+    assert again == plain
+    assert manifest["more_islands"] == more
+    assert manifest["graphs"][0]["islands"] == [*islands, "node_gelu"]
+
+
+def test_data_without_judged_queries_is_refused(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "products.parquet").write_bytes((data / "products.parquet").read_bytes())
+    with pytest.raises(SourceError, match="expected queries with judgements"):
+        climb_all(TOWERS, Asked("none", tmp_path, 5, None), tmp_path, Console(quiet=True))
