@@ -27,6 +27,7 @@ COPY pyproject.toml README.md ./
 COPY retrieval_contract retrieval_contract
 COPY clients clients
 COPY towers towers
+COPY deploy deploy
 COPY export export
 COPY model_repository model_repository
 RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
 
+from deploy.engines.profiles import profiles_of
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
 from retrieval_contract.models import Target
@@ -99,6 +100,9 @@ def tower_config(model: Model, release: Release, release_id: str, target: Target
     threads = KNOBS[model.name].threads
     if target is Target.GPU:
         config.instance_group[0].kind = config.instance_group[0].KIND_GPU
+        # A context for each profile; the backend takes the one whose usual shape is nearest.
+        count = len(profiles_of(model, release))
+        config.instance_group[0].profile.extend(str(number) for number in range(count))
     elif target is Target.CPU:
         config.parameters["intra_op_thread_count"].string_value = str(threads)
         config.parameters["inter_op_thread_count"].string_value = "1"

@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,7 @@ import onnx
 from PIL import Image
 from rich.console import Console
 
+from deploy.engines.profiles import profiles_of
 from export.config_from_contract import configs_of, text_of
 from export.half import half_of, half_share, islands_of, typed
 from export.onnx_from_towers import onnx_from_towers
@@ -209,6 +211,10 @@ def write_manifest(
         "seed": SEED,
         "more_islands": {tower: list(names) for tower, names in islands.items()},
         "graphs": graphs,
+        "profiles": {
+            model.name: [asdict(profile) for profile in profiles_of(model, release)]
+            for model in models.TOWERS
+        },
         "versions": {tool: version(tool) for tool in TOOLS} | {"python": sys.version.split()[0]},
         "files": hashes_of_files(folder),
     }

@@ -31,7 +31,7 @@ def left_out() -> Iterator[tuple[str, str, str]]:
     """What no test covers here, why, and what to do to have it."""
     gpu = shutil.which("nvidia-smi")
     yield (
-        "TensorRT engines on a GPU (compiled here, not run) and the `gpu` target",
+        "TensorRT plans and the `gpu` target",
         "no test runs on this machine's GPU" if gpu else "no NVIDIA GPU here",
         "make model.plan with trtexec on the GPU that is to serve, and start the serve image",
     )
