@@ -17,8 +17,6 @@ from retrieval_contract.errors import ExportError
 LARGEST = float(np.finfo(np.float16).max)
 FULL, HALF = np.dtype(np.float32), np.dtype(np.float16)
 SHORT = {FULL: "full", HALF: "half"}
-
-
 REDUCTIONS = {"ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare", "LayerNormalization"}
 GUARDS = {"Clip", "Max", "Add", "Sqrt", "Expand", "Div"}
 """What lies between a reduction and the division by it, and the division."""
@@ -36,14 +34,20 @@ def islands_of(graph: gs.Graph) -> list[str]:
     for node in graph.nodes:
         if node.op in REDUCTIONS - {"LayerNormalization"} and node.name in names:
             names |= _until_divided(node)
-    behind = [tensor for tensor in graph.outputs if tensor.dtype == FULL]
-    while behind:
-        for node in behind.pop().inputs:
-            if node.op not in PRODUCTS and _is_floating(node) and node.name not in names:
-                names.add(node.name)
-            if node.op not in PRODUCTS:
-                behind += [t for t in node.inputs if isinstance(t, gs.Variable) and _floats(t)]
+    names |= _tail(graph)
     return [node.name for node in graph.toposort().nodes if node.name in names]
+
+
+def _tail(graph: gs.Graph) -> set[str]:
+    """Floating nodes between the last matrix products and the outputs."""
+    tail: dict[str, gs.Node] = {}
+    behind = [node for tensor in graph.outputs for node in tensor.inputs]
+    while behind:
+        node = behind.pop()
+        if node.op not in PRODUCTS and _is_floating(node) and node.name not in tail:
+            tail[node.name] = node
+            behind += [before for tensor in node.inputs for before in tensor.inputs]
+    return set(tail)
 
 
 def _until_divided(node: gs.Node) -> set[str]:
@@ -58,12 +62,8 @@ def _until_divided(node: gs.Node) -> set[str]:
     return path
 
 
-def _floats(tensor: gs.Tensor) -> bool:
-    return tensor.dtype in (FULL, HALF)
-
-
 def _is_floating(node: gs.Node) -> bool:
-    return any(_floats(tensor) for tensor in node.outputs)
+    return any(tensor.dtype in (FULL, HALF) for tensor in node.outputs)
 
 
 def to_half(graph: gs.Graph, islands: Collection[str]) -> gs.Graph:

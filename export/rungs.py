@@ -50,7 +50,7 @@ class Asked:
 
 
 def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> dict[str, object]:
-    """All rungs; writes `parity.html` under `out`. Raises ExportError past a budget."""
+    """All rungs; writes `parity.html` under `out`. "ok" is false where one is past its budget."""
     products = sampled(asked)
     queries = products.queries[:MOST_QUERIES]
     samples = samples_of(towers.spec, [query.text for query in queries], products)

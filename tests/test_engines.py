@@ -112,6 +112,17 @@ def test_two_builds_are_the_same_bytes(engine: Engine, graph: bytes, release: Re
     assert hashlib.sha256(again.plan).digest() == hashlib.sha256(engine.plan).digest()
 
 
+def test_timings_are_kept_and_taken_up(graph: bytes, release: Release, tmp_path: Path) -> None:
+    """Of use on a GPU alone; here it must not get in the way."""
+    timings, profiles = tmp_path / "cache" / "timings", profiles_of(QUERY, release)[:1]
+    plans = [
+        build(RUNTIME, graph, profiles, architecture="SM89", timing_cache=timings).plan
+        for _ in range(2)
+    ]
+    assert timings.is_file()
+    assert plans[0] == plans[1]
+
+
 def test_progress_is_told(graph: bytes, release: Release) -> None:
     said: list[tuple[str, int, int]] = []
     profiles = profiles_of(QUERY, release)[:1]
@@ -149,7 +160,7 @@ def test_a_graph_that_a_runtime_optimised_is_refused(
     options.log_severity_level = 4
     ort.InferenceSession(full_graph(folder, release).SerializeToString(), options)
     optimised = Path(options.optimized_model_filepath).read_bytes()
-    with pytest.raises(EngineError, match=r"parser refused the graph.*surgeons' graph"):
+    with pytest.raises(EngineError, match=r"parser refused the graph.*after surgery"):
         build(RUNTIME, optimised, profiles_of(QUERY, release), architecture="SM89")
 
 

@@ -155,7 +155,7 @@ def _parse(trt: Any, builder: Any, log: Any, graph: bytes) -> tuple[Any, Any]:
         errors = [str(parser.get_error(at).desc()) for at in range(parser.num_errors)]
         raise EngineError(
             f"the parser refused the graph: {'; '.join(errors) or log.complaints()}; "
-            "export it again, and feed it the surgeons' graph, not one that a runtime optimised"
+            "export it again, and take the graph after surgery, not one that a runtime optimised"
         )
     return network, parser
 
