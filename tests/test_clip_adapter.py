@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 from retrieval_contract.errors import CheckpointError
 from tests.clip_family import (
     FAMILIES,
+    LAYERS,
     PICTURE_SIZES,
     SIDE,
     TALL,
@@ -136,7 +137,11 @@ def test_spec_says_what_the_checkpoint_says(family: Family) -> None:
     spec, siglip = family.towers.spec, family.name == "siglip"
     text = spec.query.spec
     assert spec.family == family.name
-    assert spec.vector_dim == (32 if siglip else 24) == family.text(["red"]).shape[1]
+    assert (
+        spec.vector_dim
+        == (LAYERS["hidden_size"] if siglip else 24)
+        == family.text(["red"]).shape[1]
+    )
     assert spec.vocabulary == family.model.config.text_config.vocab_size
     assert (text.max_tokens, text.pad_id) == (TOKENS, family.tokenizer.pad_token_id)
     assert text.pad_to == ("max" if siglip else "longest")

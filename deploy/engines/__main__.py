@@ -1,30 +1,36 @@
-"""python -m deploy.engines check: compile a release's FP16 graphs for GPUs that are not here.
+"""python -m deploy.engines check|prepare: engines of a release, compiled or made ready to serve.
 
-Needs `tensorrt_rtx`, and no GPU. Ends with one line of JSON; exit code 1 when an engine cannot be
-built, is not in half precision, or leaves an attention unfused.
+check    compiles for GPUs that are not here; needs tensorrt_rtx, and no GPU
+prepare  engines for the GPU that is here, from a cache or built into it, and a release folder
+         that holds them; last line: which folder to serve, and on which target
+
+Each ends with one line of JSON; exit code 1 when an engine cannot be built, is not in half
+precision, or leaves an attention unfused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from deploy.engines.builder import find_runtime
+from deploy.engines.builder import Runtime, find_runtime
 from deploy.engines.check import ARCHITECTURES, Checked, check_engines
-from deploy.local import LATEST
+from deploy.engines.ready import Missing, build_beside, gpu_at_hand, prepare
+from deploy.wheel import ROOT
 from retrieval_contract import models
-from retrieval_contract.errors import RetrievalError
+from retrieval_contract.errors import EngineError, RetrievalError
+from retrieval_contract.models import Target
 
-console = Console(stderr=True)
+LATEST = ROOT / "build" / "releases" / "latest"
 
 
 def show(checked: list[Checked], runtime: str) -> None:
     """One row an engine."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"engines by {runtime}")
     for name in ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB"):
         table.add_column(name, justify="left" if name == "tower" else "right")
@@ -34,28 +40,71 @@ def show(checked: list[Checked], runtime: str) -> None:
         shown = ("sm", "layers", "half_share", "activation_mb", "mb")
         sm, layers, half, activation, size = (str(said[name]) for name in shown)
         table.add_row(one.tower, sm, layers, fused, half, activation, size)
-    console.print(table)
+    Console(stderr=True).print(table)
+
+
+def run_check(args: argparse.Namespace) -> dict[str, object]:
+    """Both towers, every architecture."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    runtime, architectures = find_runtime(["tensorrt_rtx"]), args.sm or ARCHITECTURES
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("engines", total=len(models.TOWERS) * len(architectures))
+        checked = check_engines(args.release, runtime, architectures, lambda one: bar.advance(task))
+    show(checked, f"{runtime.name} {runtime.version}")
+    return {"engines": [one.as_json() for one in checked], "ok": True}
+
+
+def run_prepare(args: argparse.Namespace) -> dict[str, object]:
+    """What to serve; progress in plain lines, for a container's log."""
+    runtime: Runtime | None = None
+    try:
+        runtime = find_runtime(["tensorrt"])
+    except EngineError as exc:
+        print(exc, file=sys.stderr)
+    gpu, missing = gpu_at_hand(), Missing(args.missing)
+    ready = prepare(args.release, args.cache, runtime, gpu, missing, tell)
+    if ready.target is Target.CPU and runtime and gpu:
+        build_beside(args.release, args.cache)
+    print(f"serve {ready.release} on {ready.target} {ready.why}".rstrip(), file=sys.stderr)
+    return dict(ready.as_json())
+
+
+def tell(phase: str, done: int, total: int) -> None:
+    """A line at the start and at the end of a phase."""
+    if done in (0, total):
+        print(f"{phase}: {done} of {total}", file=sys.stderr)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.engines", description=__doc__)
-    check = parser.add_subparsers(dest="command", required=True).add_parser("check")
-    check.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
-    check.add_argument("--sm", action="append", help=f"default: {' '.join(ARCHITECTURES)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.engines",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("check", run_check), ("prepare", run_prepare)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--release", type=Path, default=LATEST, help="default: latest")
+        if name == "check":
+            command.add_argument("--sm", action="append", help=f"default: {ARCHITECTURES}")
+            continue
+        command.add_argument("--cache", type=Path, default=ROOT / "build" / "engines")
+        command.add_argument(
+            "--missing",
+            choices=list(Missing),
+            default=Missing.WAIT,
+            help="without an engine for this GPU: build it now; serve on the processor and build "
+            "beside; do not start",
+        )
     args = parser.parse_args()
-    architectures = args.sm or ARCHITECTURES
     try:
-        runtime = find_runtime(["tensorrt_rtx"])
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task("engines", total=len(models.TOWERS) * len(architectures))
-            checked = check_engines(
-                args.release, runtime, architectures, lambda one: bar.advance(task)
-            )
+        print(json.dumps(args.run(args)))
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
-    show(checked, f"{runtime.name} {runtime.version}")
-    print(json.dumps({"engines": [one.as_json() for one in checked], "ok": True}))
 
 
 if __name__ == "__main__":

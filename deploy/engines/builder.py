@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.engines.facts import Facts, check_facts, facts_of
+from deploy.engines.facts import LAYER, Facts, check_facts, facts_of, facts_of_inspection
 from deploy.engines.profiles import Profile
 from retrieval_contract.errors import EngineError
 
@@ -121,7 +121,7 @@ def build(
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         timing_cache.write_bytes(memoryview(timings.serialize()))
     attention = attention_layers(trt, network)
-    facts = facts_of(log.lines, len(profiles))
+    facts = _facts(trt, log, serialized, len(profiles))
     check_facts(facts, attention)
     return Engine(bytes(serialized), facts, attention, time.monotonic() - started)
 
@@ -144,6 +144,21 @@ def attention_layers(trt: Any, network: Any) -> int:
         )
 
     return sum(layer.type == kinds.SOFTMAX and feeds_a_product(layer) for layer in layers)
+
+
+def _facts(trt: Any, log: Any, serialized: Any, profiles: int) -> Facts:
+    """From the log where it lists layers, else from the engine itself, which needs its GPU."""
+    if any(LAYER.match(line) for line in log.lines):
+        return facts_of(log.lines, profiles)
+    engine = trt.Runtime(log).deserialize_cuda_engine(serialized)
+    if engine is None:
+        raise EngineError(
+            f"the log lists no layers and the engine cannot be opened: {log.complaints()}; "
+            "build on the GPU that will run it"
+        )
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return facts_of_inspection(text, profiles, engine.device_memory_size_v2)
 
 
 def _parse(trt: Any, builder: Any, log: Any, graph: bytes) -> tuple[Any, Any]:

@@ -1,11 +1,12 @@
 """What an engine turned out to be: its layers, their precision, fused attention, memory.
 
-Without a GPU no engine can be opened again, so the facts come from the build log, which lists
-every layer when the builder's profiling verbosity is DETAILED.
+TensorRT-RTX lists every layer in its build log (profiling verbosity DETAILED), which is all there
+is without a GPU. TensorRT tells the same through its inspector, once the engine can be opened.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ LAYER = re.compile(
     r"Constants: .*, Outputs: (?P<outputs>.*), TacticName: "
 )
 FLOATING = re.compile(r"Datatype: (Half|Float|BFloat16|FP8|Int8)\b")
+INSPECTED = {"FP16": "Half", "Half": "Half", "FP32": "Float", "Float": "Float", "BF16": "BFloat16"}
+"""Words of the inspector's "Format/Datatype", by version, and the log's word for them."""
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 FUSED = "mha"
 MULTIPLIES = ("gemm", "mha", "conv", "fc", "matmul")
@@ -85,11 +88,30 @@ def facts_of(log: Iterable[str], profiles: int) -> Facts:
             layers.append(Layer(found["name"], found["kind"], frozenset(types)))
         elif memory := ACTIVATIONS.search(line):
             activations = max(activations, int(memory[1]))
+    return _facts(layers, profiles, activations)
+
+
+def facts_of_inspection(text: str, profiles: int, activation_bytes: int) -> Facts:
+    """Read an inspector's JSON; EngineError where it lists no layers by more than their name."""
+    layers = []
+    for layer in json.loads(text).get("Layers", []):
+        if not isinstance(layer, dict):  # names alone: built with less than DETAILED
+            continue
+        said = " ".join(
+            str(end.get("Format/Datatype", end.get("Datatype", "")))
+            for end in (*layer.get("Inputs", []), *layer.get("Outputs", []))
+        )
+        types = {INSPECTED[word] for word in re.findall(r"\w+", said) if word in INSPECTED}
+        layers.append(Layer(layer["Name"], layer.get("LayerType", ""), frozenset(types)))
+    return _facts(layers, profiles, activation_bytes)
+
+
+def _facts(layers: list[Layer], profiles: int, activation_bytes: int) -> Facts:
     if not layers:
         raise EngineError(
-            "build log: expected one line a layer, found none; build with DETAILED verbosity"
+            "expected facts of every layer, found none; build with DETAILED verbosity"
         )
-    return Facts(tuple(layers), profiles, activations)
+    return Facts(tuple(layers), profiles, activation_bytes)
 
 
 def check_facts(facts: Facts, attention_layers: int) -> None:

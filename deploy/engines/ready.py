@@ -1,0 +1,195 @@
+"""What a server starts with: a release with engines for this GPU, or the same on the processor.
+
+Engines are for one GPU, one TensorRT and one release, so they are made where they run and kept in
+a cache (`cache.py`). The release itself is mounted read-only; an overlay of links adds the plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from deploy.engines.builder import Runtime, Told, build, say_nothing
+from deploy.engines.cache import Origin, cached, is_whole
+from deploy.engines.check import graph_of
+from deploy.engines.profiles import check_profiles, profiles_of
+from retrieval_contract import models
+from retrieval_contract.errors import EngineError
+from retrieval_contract.models import PLAN_FILE, Target
+from retrieval_contract.release import RELEASE_FILE, Release, sha256_of_json
+from retrieval_contract.tensors import Model
+
+REPOSITORY = "model_repository"
+
+
+class Missing(StrEnum):
+    """What to do while there is no engine for this GPU."""
+
+    WAIT = "wait"  # build now, start then
+    CPU = "cpu"  # start on the processor; another process builds for the next start
+    FAIL = "fail"  # do not start
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that will run the engines; `architecture` where the compiler must be told."""
+
+    name: str
+    architecture: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A release folder to serve, on which target, and why not on the GPU where it is not."""
+
+    release: Path
+    target: Target
+    why: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        """For scripts."""
+        return {"release": str(self.release), "target": self.target, "why": self.why}
+
+
+def gpu_at_hand() -> Gpu | None:
+    """The first GPU that `nvidia-smi` names, with compute capability and driver, or None."""
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return Gpu(lines[0].strip()) if done.returncode == 0 and lines else None
+
+
+def origin_of(release: Path, facts: Release, model: Model, runtime: Runtime, gpu: Gpu) -> Origin:
+    """Everything that one tower's engine depends on here."""
+    graph = graph_of(release, model, facts.version)
+    profiles = [asdict(profile) for profile in profiles_of(model, facts)]
+    return Origin(
+        facts.release_id,
+        model.name,
+        hashlib.sha256(graph).hexdigest(),
+        runtime.name,
+        runtime.version,
+        f"{gpu.name} {gpu.architecture or ''}".strip(),
+        sha256_of_json(profiles),
+    )
+
+
+def prepare(
+    release: Path,
+    cache: Path,
+    runtime: Runtime | None,
+    gpu: Gpu | None,
+    missing: Missing,
+    told: Told = say_nothing,
+) -> Ready:
+    """Decide what to serve, and build what that takes.
+
+    Raises EngineError where the GPU cannot be used and `missing` is not CPU, and for a build that
+    fails under WAIT; the message says what to do.
+    """
+    facts = Release.load(release)
+    if runtime is None or gpu is None:
+        what = "GPU (nvidia-smi names none)" if gpu is None else "TensorRT (no Python module)"
+        if missing is not Missing.CPU:
+            raise EngineError(
+                f"expected a {what} to make engines for release {facts.release_id}; give the "
+                "container its GPU, or serve on the processor: --missing cpu"
+            )
+        return Ready(release, Target.CPU, f"no {what}")
+    origins = {m.name: origin_of(release, facts, m, runtime, gpu) for m in models.TOWERS}
+    absent = [name for name, o in origins.items() if not is_whole(cache / o.folder, o)]
+    if absent and missing is not Missing.WAIT:
+        why = (
+            f"no engine of {', '.join(absent)} for {gpu.name} and {runtime.name} {runtime.version}"
+        )
+        if missing is Missing.FAIL:
+            raise EngineError(
+                f"{why} in {cache}; build them first: `python -m deploy.engines prepare "
+                "--missing wait`"
+            )
+        return Ready(release, Target.CPU, why)
+    plans = {
+        model.name: engine_of(release, facts, model, origins[model.name], cache, runtime, gpu, told)
+        for model in models.TOWERS
+    }
+    return Ready(overlay(release, facts, plans, cache), Target.GPU)
+
+
+def engine_of(
+    release: Path,
+    facts: Release,
+    model: Model,
+    origin: Origin,
+    cache: Path,
+    runtime: Runtime,
+    gpu: Gpu,
+    told: Told = say_nothing,
+) -> Path:
+    """The plan of one tower, from the cache or built into it."""
+    profiles = profiles_of(model, facts)
+    check_profiles(profiles, model, facts)
+    return cached(
+        origin,
+        cache,
+        lambda: build(
+            runtime,
+            graph_of(release, model, facts.version),
+            profiles,
+            architecture=gpu.architecture,
+            timing_cache=cache / f"timings-{runtime.name}-{runtime.version}",
+            told=told,
+        ),
+    )
+
+
+def overlay(release: Path, facts: Release, plans: Mapping[str, Path], cache: Path) -> Path:
+    """A release folder of links to `release`, with the plans beside the graphs; whole or not there.
+
+    Its name follows from the plans', so that a server never sees another's engines appear.
+    """
+    key = sha256_of_json({name: plan.parent.name for name, plan in plans.items()})[:16]
+    home = cache / f"release-{facts.release_id}-{key}"
+    if home.exists():
+        return home
+    source = release.resolve() / REPOSITORY
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".linking-") as name:
+        fresh = Path(name) / "new"
+        (fresh / REPOSITORY).mkdir(parents=True)
+        (fresh / RELEASE_FILE).symlink_to(release.resolve() / RELEASE_FILE)
+        for entry in source.iterdir():
+            mine = fresh / REPOSITORY / entry.name
+            if entry.name not in plans:
+                mine.symlink_to(entry)
+                continue
+            version = str(facts.version)
+            (mine / version).mkdir(parents=True)
+            for part in [p for p in entry.iterdir() if p.name != version]:
+                (mine / part.name).symlink_to(part)
+            for part in (entry / version).iterdir():
+                (mine / version / part.name).symlink_to(part)
+            (mine / version / PLAN_FILE).symlink_to(plans[entry.name].resolve())
+        try:
+            fresh.rename(home)
+        except OSError:  # another replica was first
+            if not home.exists():
+                raise
+    return home
+
+
+def build_beside(release: Path, cache: Path) -> subprocess.Popen[bytes]:
+    """Build in a process of its own, which outlives a caller that becomes the server."""
+    command = [sys.executable, "-m", "deploy.engines", "prepare", "--missing", "wait"]
+    command += ["--release", str(release), "--cache", str(cache)]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, start_new_session=True, env=os.environ
+    )
