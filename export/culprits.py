@@ -55,8 +55,9 @@ class Culprit:
         return f"values up to {self.largest:.3g}: rounding, or a sum inside the node overflows"
 
     def as_json(self) -> dict[str, object]:
-        """For the island file."""
-        return asdict(self) | {"why": self.why}
+        """For the island file; no finite vectors at all is null, which JSON has a word for."""
+        after = self.after if np.isfinite(self.after) else None
+        return asdict(self) | {"after": after, "why": self.why}
 
 
 def write_culprits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -167,6 +168,7 @@ def test_the_finder_names_a_planted_overflow() -> None:
     # The one that makes the value, and the one that reads it: it would be cast for it.
     assert [(c.name, c.largest) for c in found] == [("1_MatMul", 2e5), ("2_Mul", 2e5)]
     assert all("overflows" in culprit.why for culprit in found)
+    json.dumps([culprit.as_json() for culprit in found], allow_nan=False)
     assert found[0].before <= 1e-4 < found[0].after
     assert tried[-1] < 15
     assert parity_judge(model, ROWS)(half_of(model, [c.name for c in found])) <= 1e-4

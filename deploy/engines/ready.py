@@ -7,7 +7,6 @@ a cache (`cache.py`). The release itself is mounted read-only; an overlay of lin
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -190,6 +189,4 @@ def build_beside(release: Path, cache: Path) -> subprocess.Popen[bytes]:
     """Build in a process of its own, which outlives a caller that becomes the server."""
     command = [sys.executable, "-m", "deploy.engines", "prepare", "--missing", "wait"]
     command += ["--release", str(release), "--cache", str(cache)]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, start_new_session=True, env=os.environ
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
