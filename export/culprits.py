@@ -21,7 +21,7 @@ from rich.console import Console
 
 from export.half import FULL, LARGEST, islands_of, to_half, typed
 from export.onnx_from_towers import onnx_from_towers
-from export.parity import cases, few, reference
+from export.parity import cases, cosines_of, few, reference
 from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
@@ -112,14 +112,11 @@ def read_islands(path: Path) -> dict[str, list[str]]:
 
 
 def distance(model: onnx.ModelProto, feed: Feed, expected: Array) -> float:
-    """1 − the lowest cosine over rows, by the reference evaluator; rows of zeros do not count."""
+    """1 − the lowest cosine over rows, by the reference evaluator."""
     got = reference(model)(feed).astype(np.float64)
     if not np.isfinite(got).all():
         return float("inf")
-    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-    there = np.linalg.norm(expected, axis=1) > 0
-    cosines = (got * expected).sum(1)[there] / np.maximum(norms[there], 1e-30)
-    return max(0.0, float(1 - cosines.min(initial=1.0)))
+    return max(0.0, float(1 - cosines_of(got, expected).min()))
 
 
 def parity_judge(model: onnx.ModelProto, feed: Feed) -> Judge:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from export.parity import Budget, Encode
+from export.parity import Budget, Encode, cosines_of
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
@@ -210,14 +210,6 @@ def climb(
         recall=mean_interval(now["recall@10"] - then["recall@10"]),
         ndcg=mean_interval(now["ndcg@10"] - then["ndcg@10"]),
     )
-
-
-def cosines_of(got: Array, expected: Array) -> Array:
-    """Row by row; 1 where both are zero (a refused row), 0 where only one is."""
-    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-    both_zero = ~got.any(1) & ~expected.any(1)
-    cosines: Array = np.where(both_zero, 1.0, (got * expected).sum(1) / np.maximum(norms, 1e-30))
-    return cosines
 
 
 def overlap_of(ours: Array, theirs: Array) -> float:

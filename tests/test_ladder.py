@@ -23,13 +23,12 @@ from export.ladder import (
     Search,
     by_inputs,
     climb,
-    cosines_of,
     encoded,
     overlap_of,
     samples_of,
     trimmed,
 )
-from export.parity import EXACT, HALF
+from export.parity import EXACT, HALF, cosines_of
 from export.report import write_page
 from export.rungs import Asked, climb_all, rungs_of, torch_encode
 from retrieval_contract import models
