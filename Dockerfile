@@ -5,14 +5,16 @@
 #       repository --checkpoint towers/weights/make
 #
 #   docker build -t make-retrieval-serve .
-#   docker run --rm --gpus 1 --shm-size 256m -p 8000-8002:8000-8002 \
+#   docker run --rm --gpus 1 --shm-size 256m -p 8000-8002:8000-8002 -v engines:/cache \
 #       -v "$PWD/build/releases/RELEASE_ID:/release:ro" make-retrieval-serve
 #
-# Without a GPU: leave out --gpus and end the line with --model-config-name=cpu. The Python models
-# pass pictures through /dev/shm, which is 64 MiB unless --shm-size says more.
+# The first start on a GPU makes its engines and keeps them in /cache; --missing cpu serves on the
+# processor meanwhile. Without a GPU: leave out --gpus and end the line with --target cpu. The
+# Python models pass pictures through /dev/shm, which is 64 MiB unless --shm-size says more.
 # An index of your own: --secret id=pip_conf,src=pip.conf, which no layer keeps.
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 ARG TRITON_TAG=26.09-py3
+ARG TENSORRT_VERSION=11.3.0.99
 
 # ── export: checkpoint → ONNX → release ──────────────────────────────────────────────────
 FROM python:${PYTHON_TAG} AS export
@@ -51,6 +53,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 # ── serve: Triton with what the Python models import ─────────────────────────────────────
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG} AS serve
 ARG TRITON_TAG
+ARG TENSORRT_VERSION
 LABEL org.opencontainers.image.title="make-retrieval-serve" \
       org.opencontainers.image.description="Triton for a release mounted at /release" \
       org.opencontainers.image.licenses="Apache-2.0" \
@@ -60,17 +63,24 @@ COPY --from=wheel /dist /opt/make-retrieval
 # the one of Triton's Python stub, the system's, so there is no environment to keep apart.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m pip install --no-cache-dir --no-deps --only-binary=:all: --break-system-packages \
-        pillow==13.0.0 tokenizers==0.23.3 /opt/make-retrieval/*.whl
+        pillow==13.0.0 tokenizers==0.23.3 "tensorrt_cu13_bindings==${TENSORRT_VERSION}" \
+        /opt/make-retrieval/*.whl
+WORKDIR /opt/make-retrieval
+COPY deploy deploy
 # The release is mounted read-only: no bytecode beside its models.
-ENV PYTHONDONTWRITEBYTECODE=1
+ENV TRITON_TAG=${TRITON_TAG} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# Fails here, not at the first request, when the image is not what the project was written against.
+RUN python3 -m deploy.versions --tag "${TRITON_TAG}" \
+    && mkdir -p /cache && chown 1001 /cache
 USER 1001
+VOLUME /cache
 EXPOSE 8000 8001 8002
 # Triton finishes what waits for a tower, then exits with 0: give it longer than its own 30 seconds
 # (docker stop --time 40).
 STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go
 # through every step of both ensembles.
-HEALTHCHECK --interval=30s --timeout=15s --start-period=180s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=15s --start-period=900s --retries=3 \
     CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
           {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]} \
           ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
@@ -78,8 +88,4 @@ HEALTHCHECK --interval=30s --timeout=15s --start-period=180s --retries=3 \
           {\"name\":\"title\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]}, \
           {\"name\":\"image\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"\"]} \
           ]}", "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
-ENTRYPOINT ["/opt/tritonserver/bin/tritonserver", \
-            "--model-repository=/release/model_repository", \
-            "--disable-auto-complete-config", \
-            "--exit-timeout-secs=30"]
-CMD ["--model-config-name=gpu"]
+ENTRYPOINT ["python3", "-m", "deploy.container"]

@@ -33,7 +33,7 @@ def left_out() -> Iterator[tuple[str, str, str]]:
     yield (
         "TensorRT plans and the `gpu` target",
         "no test runs on this machine's GPU" if gpu else "no NVIDIA GPU here",
-        "run `python -m deploy.engines prepare` on the GPU that serves, and serve what it names",
+        "start the serve image with --gpus, or run `python -m deploy.engines prepare` on that GPU",
     )
     engine = next(filter(shutil.which, ("docker", "podman", "buildah")), None)
     yield (

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy import local, stopping
+from deploy import local
+from deploy.versions import TABLE
+from deploy.wheel import SERVER_PYTHON
 from tests.conftest import ROOT
 
 DOCKERFILE = ROOT / "Dockerfile"
-PIN = re.compile(r"(?<![\w.-])([A-Za-z0-9_.-]+)==([\w.]+)")
+PIN = re.compile(r"(?<![\w.-])([A-Za-z0-9_.-]+)==(\w[\w.]*)")
 HEALTH_PORT = ":8000/"
 
 
@@ -146,15 +148,20 @@ def test_serve_runs_a_mounted_release_as_nobody_in_particular() -> None:
     assert only("USER", "serve") == "1001"
     assert only("STOPSIGNAL", "serve") == "SIGTERM"
     assert only("EXPOSE", "serve") == "8000 8001 8002"
-    entry = json.loads(only("ENTRYPOINT", "serve"))
-    assert entry[1:] == [
-        "--model-repository=/release/model_repository",
-        "--disable-auto-complete-config",
-        f"--exit-timeout-secs={stopping.DRAIN_S}",
-    ]
-    assert json.loads(only("CMD", "serve")) == ["--model-config-name=gpu"]
+    assert json.loads(only("ENTRYPOINT", "serve")) == ["python3", "-m", "deploy.container"]
+    assert not [line for line in instructions("serve") if line.startswith("CMD")]
     copied = [line for line in instructions("serve") if line.startswith(("COPY", "ADD"))]
-    assert copied == ["COPY --from=wheel /dist /opt/make-retrieval"], "the image holds no model"
+    assert copied == ["COPY --from=wheel /dist /opt/make-retrieval", "COPY deploy deploy"]
+    assert arguments()["TRITON_TAG"] in TABLE
+    assert arguments()["TENSORRT_VERSION"].startswith(TABLE[arguments()["TRITON_TAG"]].tensorrt)
+
+
+def test_the_entry_point_needs_nothing_that_the_image_lacks() -> None:
+    """The server's own environment has what the image has: NumPy, and the contract installed."""
+    code = "import deploy.container, sys; print(*{n.partition('.')[0] for n in sys.modules})"
+    run = subprocess.run([SERVER_PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not {"rich", "onnx", "torch", "grpc"} & set(run.stdout.split())
 
 
 def test_export_runs_the_room_of_that_name() -> None:

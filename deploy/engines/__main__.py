@@ -15,9 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-from deploy.engines.builder import Runtime, find_runtime
+from deploy.engines.builder import SERVED, Runtime, find_runtime
 from deploy.engines.check import ARCHITECTURES, Checked, check_engines
-from deploy.engines.ready import Missing, build_beside, gpu_at_hand, prepare
+from deploy.engines.ready import Missing, Ready, build_beside, gpu_at_hand, prepare
 from deploy.wheel import ROOT
 from retrieval_contract import models
 from retrieval_contract.errors import EngineError, RetrievalError
@@ -57,18 +57,23 @@ def run_check(args: argparse.Namespace) -> dict[str, object]:
 
 
 def run_prepare(args: argparse.Namespace) -> dict[str, object]:
-    """What to serve; progress in plain lines, for a container's log."""
+    """What to serve."""
+    return dict(find_ready(args.release, args.cache, Missing(args.missing)).as_json())
+
+
+def find_ready(release: Path, cache: Path, missing: Missing) -> Ready:
+    """For the GPU and the TensorRT of this machine; progress in plain lines, for a log."""
     runtime: Runtime | None = None
     try:
-        runtime = find_runtime(["tensorrt"])
+        runtime = find_runtime(SERVED)
     except EngineError as exc:
         print(exc, file=sys.stderr)
-    gpu, missing = gpu_at_hand(), Missing(args.missing)
-    ready = prepare(args.release, args.cache, runtime, gpu, missing, tell)
+    gpu = gpu_at_hand()
+    ready = prepare(release, cache, runtime, gpu, missing, tell)
     if ready.target is Target.CPU and runtime and gpu:
-        build_beside(args.release, args.cache)
+        build_beside(release, cache)
     print(f"serve {ready.release} on {ready.target} {ready.why}".rstrip(), file=sys.stderr)
-    return dict(ready.as_json())
+    return ready
 
 
 def tell(phase: str, done: int, total: int) -> None:

@@ -18,7 +18,9 @@ from deploy.engines.facts import LAYER, Facts, check_facts, facts_of, facts_of_i
 from deploy.engines.profiles import Profile
 from retrieval_contract.errors import EngineError
 
-RUNTIMES = ("tensorrt", "tensorrt_rtx")
+SERVED = ("tensorrt", "tensorrt_bindings")
+"""What makes engines for Triton; the second stands on the libraries of NVIDIA's image."""
+RUNTIMES = (*SERVED, "tensorrt_rtx")
 FATAL = ("kMAX values are not self-consistent",)
 """Warnings that announce an engine which fails at run time."""
 
@@ -49,7 +51,7 @@ class Runtime:
     @property
     def name(self) -> str:
         """`tensorrt` or `tensorrt_rtx`."""
-        return str(self.trt.__name__)
+        return str(self.trt.__name__).removesuffix("_bindings")
 
     @property
     def version(self) -> str:
@@ -73,7 +75,7 @@ def find_runtime(names: Sequence[str] = RUNTIMES) -> Runtime:
             continue
     raise EngineError(
         f"expected one of the Python modules {list(names)}, found none; "
-        "`make setup` installs tensorrt_rtx, NVIDIA's Triton image has tensorrt's libraries"
+        "`make setup` installs tensorrt_rtx, the serve image tensorrt's bindings"
     )
 
 

@@ -1,0 +1,157 @@
+"""python3 -m deploy.versions: whether an image holds what this project was written against.
+
+Run when the image is built and when it starts. The table is NVIDIA's release notes and Triton's
+repository as of September 2026; TensorRT's row was inferred (11.3 is the first of CUDA 13.4), so
+the library itself is asked. Drivers: docs.nvidia.com/deploy/cuda-compatibility, minor version
+compatibility.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+from retrieval_contract.errors import DeployError
+
+TRITON_HOME = Path("/opt/tritonserver")
+BINDINGS = "tensorrt_cu13_bindings"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What belongs together; empty: not to be seen here."""
+
+    triton: str = ""
+    cuda: str = ""
+    tensorrt: str = ""
+    onnxruntime: str = ""
+    driver: str = ""
+
+
+TABLE: Mapping[str, Versions] = {
+    "26.09-py3": Versions("2.73.0", "13.4", "11.3", "1.27", "580"),
+}
+"""Container tag → versions; of runtime and driver the lowest."""
+LOWEST = ("onnxruntime", "driver")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the verdict."""
+
+    part: str
+    wanted: str
+    found: str
+
+    @property
+    def ok(self) -> bool:
+        """What cannot be seen (the driver, while an image is built) is no objection."""
+        if not self.found:
+            return True
+        found, wanted = _numbers(self.found), _numbers(self.wanted)
+        if self.part in LOWEST:
+            return found >= wanted
+        return found[: len(wanted)] == wanted
+
+    def __str__(self) -> str:
+        verdict = ("ok" if self.found else "not to be seen here") if self.ok else "DIFFERS"
+        at_least = ">= " if self.part in LOWEST else ""
+        return f"{self.part:<12} {at_least + self.wanted:<10} {self.found or '-':<14} {verdict}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`11.3.0.99+cuda13` → (11, 3, 0, 99)."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def verdict(tag: str, found: Versions, bindings: str = "") -> list[Finding]:
+    """What is found beside the table's row of that tag; `bindings`: of TensorRT's Python module.
+
+    Raises DeployError for a tag that the table does not have.
+    """
+    if tag not in TABLE:
+        raise DeployError(
+            f"Triton image {tag}: expected one of {sorted(TABLE)}; see that the tests pass with "
+            "it, and give it a row in deploy/versions.py"
+        )
+    wanted, have = asdict(TABLE[tag]), asdict(found)
+    findings = [Finding(f.name, wanted[f.name], have[f.name]) for f in fields(Versions)]
+    if bindings and found.tensorrt:  # an engine's builder and its runtime are one library
+        findings.append(Finding("its bindings", found.tensorrt, bindings))
+    return findings
+
+
+def look(home: Path = TRITON_HOME) -> Versions:
+    """What this machine, or image, holds."""
+    runtimes = (home / "backends" / "onnxruntime").glob("libonnxruntime.so.*.*")
+    return Versions(
+        triton=os.environ.get("TRITON_SERVER_VERSION", ""),
+        cuda=os.environ.get("CUDA_VERSION", ""),
+        tensorrt=_tensorrt(),
+        onnxruntime=max((path.name.partition(".so.")[2] for path in runtimes), default=""),
+        driver=_driver(),
+    )
+
+
+def _tensorrt() -> str:
+    """As `libnvinfer` itself says: 110300 is 11.3.0 (NvInferVersion.h)."""
+    majors = {_numbers(row.tensorrt)[0] for row in TABLE.values()}
+    for major in sorted(majors, reverse=True):
+        try:
+            number = int(ctypes.CDLL(f"libnvinfer.so.{major}").getInferLibVersion())
+        except (OSError, AttributeError):
+            continue
+        return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+    return ""
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+
+
+def bindings_version() -> str:
+    """Of TensorRT's Python module, without importing it."""
+    for name in (BINDINGS, "tensorrt"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def check_versions(tag: str) -> str:
+    """The verdict to read; DeployError with it where something differs."""
+    findings = verdict(tag, look(), bindings_version())
+    text = "\n".join([f"Triton image {tag}", *map(str, findings)])
+    if not all(finding.ok for finding in findings):
+        raise DeployError(
+            f"{text}\nuse the image of the table, or see that the tests pass with this one and "
+            "change deploy/versions.py (TensorRT's bindings: --build-arg TENSORRT_VERSION=...)"
+        )
+    return text
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m deploy.versions", description=__doc__)
+    parser.add_argument("--tag", required=True, help="of NVIDIA's Triton image, such as 26.09-py3")
+    try:
+        print(check_versions(parser.parse_args().tag))
+    except DeployError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()
