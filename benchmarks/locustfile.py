@@ -18,7 +18,6 @@ from typing import Any
 
 import gevent
 import gevent.pool
-import grpc
 from grpc.experimental import gevent as grpc_gevent
 from locust import User, constant, events, task
 from locust.argument_parser import LocustArgumentParser
@@ -30,7 +29,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.rawlog import RawLog, Sample
 from benchmarks.workload import Workload, built_in_queries, poisson_arrivals, queries_from_csv
-from retrieval_client.encoder import CHANNEL_OPTIONS
+from retrieval_client.channel import channel_to
 from retrieval_client.settings import Settings
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
@@ -69,7 +68,7 @@ class Load:
         self.settings = Settings.from_env().override(
             triton=options.triton, timeout_s=options.timeout_s
         )
-        self.channel = grpc.insecure_channel(self.settings.triton, options=CHANNEL_OPTIONS)
+        self.channel = channel_to(self.settings)
         self.stub = GRPCInferenceServiceStub(self.channel)
         texts = queries_from_csv(options.queries) if options.queries else built_in_queries()
         self.workload = Workload(texts, exponent=options.exponent, seed=options.seed)

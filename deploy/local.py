@@ -9,29 +9,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+from deploy.logs import LastWords
+from deploy.security import Tls, control_flags, read_key
 from deploy.stopping import DRAIN_S, SIGNALS, stop, undisturbed
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_contract import models
-from retrieval_contract.errors import DeployError, RetrievalError
+from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError
 from retrieval_contract.models import Target
+from retrieval_contract.probes import Probes
 from retrieval_contract.release import Release
 
 LATEST = ROOT / "build" / "releases" / "latest"
@@ -44,15 +44,6 @@ TOWER_FILES = {
     Target.CPU: [models.ONNX_FILE],
     Target.LOCAL: [models.PYTHON_FILE, models.ONNX_FILE],
 }
-
-# Without a GPU Triton complains about CUDA on every start; it means nothing here.
-HARMLESS = re.compile(
-    r"CudaDriverHelper|unable to create stream|libcuda\.so|CUDA driver|"
-    r"no CUDA-capable|Unable to allocate pinned|pinned memory pool"
-)
-
-# The lines that say why a start failed, out of the tables around them.
-TELLING = re.compile(r"^E\d{4}|^error|UNAVAILABLE")
 
 
 @dataclass(frozen=True)
@@ -100,6 +91,8 @@ def _files(repository: Path, version: str, target: Target) -> Iterator[Path]:
             config, names = f"configs/{target}.pbtxt", TOWER_FILES[target]
         elif part in models.MODELS:
             names = [models.PYTHON_FILE, models.TOKENIZER_FILE]
+        elif part in models.IN_ONE and target is Target.LOCAL:
+            config, names = f"configs/{target}.pbtxt", [models.PYTHON_FILE]
         home = repository / part.name
         yield from (home / config, home / version)
         yield from (home / version / name for name in names)
@@ -131,8 +124,9 @@ def command(
     ports: Ports,
     target: Target,
     shm_prefix: str,
+    security: Sequence[str] = (),
 ) -> list[str]:
-    """The server's command line."""
+    """The server's command line; `security` is what `deploy/security.py` says."""
     flags: dict[str, object] = {
         "model-repository": repository,
         "model-config-name": target,
@@ -150,7 +144,7 @@ def command(
     bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     binary = str(wheel.triton / "bin" / "tritonserver")
     settings = [f"--{name}={value}" for name, value in flags.items()]
-    return [*bound, binary, "--disable-auto-complete-config", *settings]
+    return [*bound, binary, "--disable-auto-complete-config", *settings, *security]
 
 
 @contextlib.contextmanager
@@ -161,8 +155,10 @@ def triton(
     host: str = LOOPBACK,
     ports: Ports | None = None,
     log: IO[str] = sys.stderr,
+    tls: Tls | None = None,
+    control_key: str | None = None,
 ) -> Iterator[Server]:
-    """Run Triton over a release until the block ends; yields once a real inference worked.
+    """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
     The server leads a process group of its own, so Ctrl-C reaches us first and it can drain;
     whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
@@ -175,12 +171,13 @@ def triton(
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
-        process = _start(
-            wheel, command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix)
-        )
+        security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
+        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
+        process = _start(wheel, args)
         try:
             words = LastWords(process, log)
-            version = _wait_ready(process, host, ports, words)
+            settings = own_settings(host, ports, tls)
+            version = _wait_ready(process, settings, ports, words, Probes.load(release_folder))
             yield Server(host, ports, release, version, process)
         finally:
             with undisturbed(process):
@@ -228,35 +225,26 @@ def _linked(repository: Path, scratch: Path) -> Path:
     return linked
 
 
-class LastWords:
-    """Passes the server's log on, without the noise, and keeps its end for error messages."""
-
-    def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
-        self._telling: deque[str] = deque(maxlen=20)
-        self._raw: deque[str] = deque(maxlen=20)
-        self._pump = threading.Thread(target=self._run, args=(process, log), daemon=True)
-        self._pump.start()
-
-    def _run(self, process: subprocess.Popen[str], log: IO[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                if HARMLESS.search(line):
-                    continue
-                self._raw.append(line)
-                if TELLING.search(line):
-                    self._telling.append(line)
-                with contextlib.suppress(ValueError):  # the log was closed first: drop the rest
-                    print(line, end="", file=log, flush=True)
-
-    def read(self) -> str:
-        """The telling lines, else the last ones: what the dynamic linker says tells, too."""
-        self._pump.join(1.0)  # a server that has exited may still have words in the pipe
-        return "".join(tuple(self._telling or self._raw))
+def own_settings(host: str, ports: Ports, tls: Tls | None) -> Settings:
+    """How the launcher itself asks the server: it holds the server's own certificate."""
+    plain = Settings(triton=f"{host}:{ports.grpc}")
+    if tls is None:
+        return plain
+    root, cert = str(tls.root or tls.cert), str(tls.cert)
+    return plain.override(tls_ca=root, tls_cert=cert, tls_key=str(tls.key), tls_name=tls.name)
 
 
-def _wait_ready(process: subprocess.Popen[str], host: str, ports: Ports, words: LastWords) -> str:
-    """Wait for a real inference, and for the doors that open last; returns "triton <version>"."""
+def _wait_ready(
+    process: subprocess.Popen[str],
+    settings: Settings,
+    ports: Ports,
+    words: LastWords,
+    probes: Probes,
+) -> str:
+    """Wait for the golden probes, and for the doors that open last; returns "triton <version>".
+
+    A server that gives other vectors is not ready: ReleaseMismatch.
+    """
     deadline = time.monotonic() + READY_TIMEOUT_S
     problem = ""
     while time.monotonic() < deadline:
@@ -266,11 +254,14 @@ def _wait_ready(process: subprocess.Popen[str], host: str, ports: Ports, words: 
                 f"last words:\n{words.read()}"
             )
         try:
-            with Encoder(Settings(triton=f"{host}:{ports.grpc}")) as encoder:
-                encoder.encode_queries(["ready"])
+            with Encoder(settings) as encoder:
+                encoder.probe(probes)
                 for port in (ports.http, ports.metrics):
+                    host = settings.triton.rpartition(":")[0]
                     socket.create_connection((host, port), timeout=1.0).close()
                 return encoder.server_version()
+        except ReleaseMismatch:
+            raise  # waiting does not make other weights right
         except (RetrievalError, OSError) as exc:
             problem = str(exc)
             time.sleep(0.2)
@@ -317,6 +308,15 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 = any free one")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--tls-cert", type=Path, help="PEM, whole chain: encrypts gRPC")
+    parser.add_argument("--tls-key", type=Path)
+    parser.add_argument("--tls-root", type=Path, help="PEM: callers need a certificate of this one")
+    parser.add_argument("--tls-name", default="", help="in the certificate; default: --host")
+    parser.add_argument(
+        "--control-key-file",
+        type=Path,
+        help="opens loading, shared memory, tracing and logging to who sends the key in it",
+    )
     parser.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
@@ -328,7 +328,12 @@ def main() -> None:
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
         with triton(
-            args.release, server_python=args.server_python, host=args.host, ports=ports
+            args.release,
+            server_python=args.server_python,
+            host=args.host,
+            ports=ports,
+            tls=tls_of(args),
+            control_key=read_key(args.control_key_file) if args.control_key_file else None,
         ) as server:
             _announce(server)
             if args.run:
@@ -341,6 +346,15 @@ def main() -> None:
             raise SystemExit(128 + exc.args[0]) from None
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
+
+
+def tls_of(args: argparse.Namespace) -> Tls | None:
+    """What the flags say; DeployError for one without the other."""
+    if not (args.tls_cert or args.tls_key or args.tls_root):
+        return None
+    if not (args.tls_cert and args.tls_key):
+        raise DeployError("TLS: expected --tls-cert and --tls-key, got one of them; give both")
+    return Tls(args.tls_cert, args.tls_key, args.tls_root, args.tls_name)
 
 
 def _announce(server: Server) -> None:

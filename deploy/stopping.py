@@ -39,15 +39,15 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 def _wait_quiet(process: subprocess.Popen[str]) -> None:
     """Until nothing is being computed, at most QUIET_S: callers may never stop asking."""
-    end, spent = time.monotonic() + QUIET_S, _cpu_s(process.pid)
+    end, spent = time.monotonic() + QUIET_S, cpu_seconds(process.pid)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(QUIET_STEP_S)
-        before, spent = spent, _cpu_s(process.pid)
+        before, spent = spent, cpu_seconds(process.pid)
         if spent - before < QUIET_CPU_S:
             return
 
 
-def _cpu_s(group: int) -> float:
+def cpu_seconds(group: int) -> float:
     """Seconds of processor time that a process group has taken, proc(5)."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -45,6 +45,7 @@ class Knobs:
 KNOBS = {
     models.QUERY_TOKENIZER.name: Knobs(),
     models.QUERY_TOWER.name: Knobs(),
+    models.QUERY_ENCODER.name: Knobs(),
     models.PRODUCT_PREPROCESSOR.name: Knobs(instances=2),
     models.PRODUCT_TOWER.name: Knobs(threads=2),
 }
@@ -57,7 +58,10 @@ def configs_of(part: Model | Ensemble, release: Release, release_id: str) -> dic
     `--model-config-name` must fail instead of guessing the runtime.
     """
     if isinstance(part, Ensemble):
-        return {"config.pbtxt": ensemble_config(part, release, release_id)}
+        configs = {"config.pbtxt": ensemble_config(part, release, release_id)}
+        if part in models.IN_ONE:
+            configs[f"configs/{Target.LOCAL}.pbtxt"] = in_one_config(part, release, release_id)
+        return configs
     if part.engine is Engine.PYTHON:
         return {"config.pbtxt": python_config(part, release, release_id)}
     return {f"configs/{t}.pbtxt": tower_config(part, release, release_id, t) for t in Target}
@@ -74,6 +78,16 @@ def ensemble_config(ensemble: Ensemble, release: Release, release_id: str) -> Mo
             entry.input_map[tensor.name] = tensor.name
         for tensor in step.outputs:
             entry.output_map[tensor.name] = tensor.name
+    return config
+
+
+def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> ModelConfig:
+    """All steps of an ensemble in one Python process."""
+    config = _computing(ensemble, release, release_id)
+    config.backend = "python"
+    config.default_model_filename = models.PYTHON_FILE
+    _set(config, "text", asdict(release.query))
+    _set(config, "intra_op_threads", KNOBS[ensemble.name].threads)
     return config
 
 
@@ -124,7 +138,7 @@ def _base(part: Model | Ensemble, release: Release, release_id: str) -> ModelCon
     return config
 
 
-def _computing(model: Model, release: Release, release_id: str) -> ModelConfig:
+def _computing(model: Model | Ensemble, release: Release, release_id: str) -> ModelConfig:
     """What every model with a batcher has: merging without delay, instances, warm-up."""
     config = _base(model, release, release_id)
     # Plain merging: whatever queued while the last batch ran. Limits and priorities on this

@@ -2,6 +2,7 @@
 
     <releases>/<release_id>/
         release.json          sizes, preprocessing, hashes, release_id
+        probes.json           fixed queries and products with their vectors
         manifest.json         parity, file hashes, versions, the command: how to remake and trust it
         model_repository/     what `tritonserver --model-repository` takes
     <releases>/latest         link to the one built last
@@ -47,8 +48,10 @@ from export.parity import (
 )
 from export.surgery import operate
 from retrieval_contract import models
+from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from retrieval_contract.probes import QUERIES, TITLES, Probes, probe_pictures
 from retrieval_contract.release import Release
-from retrieval_contract.tensors import Dtype, Engine, Model
+from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model
 from towers.two_towers import TwoTowers
 
 Islands = Mapping[str, Sequence[str]]
@@ -145,6 +148,7 @@ def publish(
     with tempfile.TemporaryDirectory(dir=releases, prefix=".building-") as name:
         folder = Path(name) / release.release_id
         graphs = write_onnx(towers, folder, console, islands)
+        probes_of(towers, release, folder).save(folder)
         assemble(towers, release, folder)
         write_manifest(folder, release, graphs, islands)
         make_read_only(folder)
@@ -166,18 +170,43 @@ def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
     for part in (*models.MODELS, *models.ENSEMBLES):
         version_folder = folder / REPOSITORY / part.name / str(release.version)
         version_folder.mkdir()
-        if not isinstance(part, Model):
+        if isinstance(part, Ensemble) and part not in models.IN_ONE:
             # Triton wants the folder; copies to object stores and images lose empty ones.
             (version_folder / ".keep").touch()
             continue
         source = SOURCES / part.name / "1" / models.PYTHON_FILE
         shutil.copyfile(source, version_folder / models.PYTHON_FILE)
-        if part.engine is Engine.NETWORK:
+        if isinstance(part, Model) and part.engine is Engine.NETWORK:
             for name in (models.ONNX_FILE, models.HALF_FILE):
                 (folder / graph_file(part, name)).rename(version_folder / name)
-        else:
+            continue
+        if isinstance(part, Model):
             (version_folder / models.TOKENIZER_FILE).write_text(tokenizers[part.name], "utf-8")
-            _write_warmup(part, folder / REPOSITORY / part.name / "warmup")
+        _write_warmup(part, folder / REPOSITORY / part.name / "warmup")
+
+
+def probes_of(towers: TwoTowers, release: Release, folder: Path) -> Probes:
+    """Golden probes by the FP32 graphs in `folder`, through the preprocessing that serves."""
+    spec, images = towers.spec, probe_pictures()
+    query = TextPreprocessor(spec.query.tokenizer_json, spec.query.spec, required=True)
+    product = ProductPreprocessor(spec.title.tokenizer_json, spec.title.spec, spec.image)
+    texts = query([text.encode() for text in QUERIES])
+    given = {
+        models.QUERY_TOWER: {models.QUERY_IDS.name: texts.ids, models.QUERY_MASK.name: texts.mask},
+        models.PRODUCT_TOWER: product([title.encode() for title in TITLES], images).tensors,
+    }
+    vectors = {
+        model: onnx_runtime(onnx.load(folder / graph_file(model, models.ONNX_FILE)))(tensors)
+        for model, tensors in given.items()
+    }
+    return Probes(
+        release.release_id,
+        QUERIES,
+        vectors[models.QUERY_TOWER],
+        TITLES,
+        images,
+        vectors[models.PRODUCT_TOWER],
+    )
 
 
 def write_configs(repository: Path, release: Release, release_id: str) -> None:
@@ -189,7 +218,7 @@ def write_configs(repository: Path, release: Release, release_id: str) -> None:
             path.write_text(text_of(config), "utf-8")
 
 
-def _write_warmup(model: Model, folder: Path) -> None:
+def _write_warmup(model: Model | Ensemble, folder: Path) -> None:
     """One row for each BYTES input, as Triton reads it: four length bytes, then the value."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), (200, 30, 30)).save(picture, "PNG")

@@ -79,6 +79,9 @@ PRODUCT_ENCODER = Ensemble(
 TOWERS: tuple[Model, ...] = (QUERY_TOWER, PRODUCT_TOWER)
 ENSEMBLES: tuple[Ensemble, ...] = (QUERY_ENCODER, PRODUCT_ENCODER)
 MODELS: tuple[Model, ...] = tuple(step for e in ENSEMBLES for step in e.steps)
+IN_ONE: tuple[Ensemble, ...] = (QUERY_ENCODER,)
+"""What the local target computes in one Python process: there every step is one, and a hop between
+two costs as much as a short text. Pictures are decoded beside the tower instead."""
 
 
 class Target(StrEnum):

@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from retrieval_contract.models import ONNX_FILE
+from retrieval_contract.lengths import like_lengths
+from retrieval_contract.models import (
+    ITEM_STATUS,
+    ONNX_FILE,
+    QUERY,
+    QUERY_IDS,
+    QUERY_MASK,
+    QUERY_TOKENIZER,
+    QUERY_TOWER,
+    TOKENIZER_FILE,
+)
+from retrieval_contract.preprocess import TextPreprocessor
 from retrieval_contract.release import ImageSpec, TextSpec, image_spec_from_json
 from retrieval_contract.tensors import Array
 
@@ -86,28 +97,84 @@ def strings(rows: Sequence[str]) -> Array:
     return np.array([[row.encode("utf-8", "replace")] for row in rows], np.object_).reshape(-1, 1)
 
 
-class OnnxTower:
-    """A tower on ONNX Runtime's CPU provider, for servers that have no such backend."""
+class OnnxGraph:
+    """A graph on ONNX Runtime's CPU provider."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        """Load the graph beside this model; thread count from the config."""
+    def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = parameter(args, "intra_op_threads")
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Spinning threads steal the core from the tokenizer and from the server itself.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = ort.InferenceSession(
-            str(version_folder(args) / ONNX_FILE), options, providers=["CPUExecutionProvider"]
-        )
-        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = self.session.get_inputs()
+        self.inputs = [i.name for i in inputs]
         self.outputs = [o.name for o in self.session.get_outputs()]
+        # Only where the graph takes any length: some towers were trained on full padding.
+        self.trims = any(
+            i.name == QUERY_MASK.name and not isinstance(i.shape[1], int) for i in inputs
+        )
+
+    def __call__(self, feed: dict[str, Array]) -> dict[str, Array]:
+        """Inputs → outputs, by name, rows first.
+
+        Queries are run without their padding: a row's vector is the same, and half of the work
+        is saved. A picture outweighs its title's.
+        """
+        return self._trimmed(feed) if self.trims else self._run(feed)
+
+    def _trimmed(self, feed: dict[str, Array]) -> dict[str, Array]:
+        ids, mask = feed[QUERY_IDS.name], feed[QUERY_MASK.name]
+        lengths = np.maximum(mask.sum(1), 1)
+        found: dict[str, Array] = {}
+        for rows in like_lengths(lengths):
+            longest = lengths[rows[-1]]
+            part = {QUERY_IDS.name: ids[rows, :longest], QUERY_MASK.name: mask[rows, :longest]}
+            for name, vectors in self._run(part).items():
+                found.setdefault(name, np.empty((len(ids), *vectors.shape[1:]), vectors.dtype))
+                found[name][rows] = vectors
+        return found
+
+    def _run(self, feed: dict[str, Array]) -> dict[str, Array]:
+        return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+
+
+class OnnxTower:
+    """A tower, for servers that have no backend for ONNX."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the graph beside this model; thread count from the config."""
+        threads = parameter(args, "intra_op_threads")
+        self.graph = OnnxGraph(version_folder(args) / ONNX_FILE, threads)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One run over the merged batch."""
-        return execute_merged(requests, self.inputs, self._run)
+        return execute_merged(requests, self.graph.inputs, self._run)
 
     def _run(self, *arrays: Array) -> dict[str, Array]:
-        feed = dict(zip(self.inputs, arrays, strict=True))
-        return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+        return self.graph(dict(zip(self.graph.inputs, arrays, strict=True)))
+
+
+class OnnxQueryEncoder:
+    """Tokenizer and tower in one process, from the files of the two models that they are."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the siblings of this model, in its own version."""
+        home = Path(args["model_repository"]).parent
+        tokenizer, tower = (
+            home / model.name / args["model_version"] for model in (QUERY_TOKENIZER, QUERY_TOWER)
+        )
+        text = (tokenizer / TOKENIZER_FILE).read_text("utf-8")
+        self.preprocess = TextPreprocessor(text, text_spec(args), required=True)
+        self.graph = OnnxGraph(tower / ONNX_FILE, parameter(args, "intra_op_threads"))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One run over the merged batch."""
+        return execute_merged(requests, [QUERY.name], self._encode)
+
+    def _encode(self, queries: Array) -> dict[str, Array]:
+        batch = self.preprocess(queries.reshape(-1).tolist())
+        found = self.graph({QUERY_IDS.name: batch.ids, QUERY_MASK.name: batch.mask})
+        return found | {ITEM_STATUS.name: strings(batch.status)}

@@ -16,7 +16,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from deploy import local
-from retrieval_client.encoder import CHANNEL_OPTIONS
+from retrieval_client.channel import CHANNEL_OPTIONS
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
 from retrieval_contract.tensors import Array, Ensemble

@@ -189,9 +189,9 @@ def drained(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
         vectors = encoder.encode_queries(*texts).vectors
         looks = encoder.encode_products(*products).vectors
         queries = [pool.submit(encoder.encode_queries, *texts) for _ in range(24)]
-        while True:  # one is being run; until then some are at the tokenizer
+        while True:  # one is being run
             answered = sum(query.done() for query in queries)
-            if answered + serving.pending().get("query_tower", 0) >= len(queries) - 1:
+            if answered + serving.pending().get("query_encoder", 0) >= len(queries) - 1:
                 break
         pictures = [pool.submit(encoder.encode_products, *products) for _ in range(16)]
         while "product_preprocessor" not in serving.pending():

@@ -18,6 +18,7 @@ from retrieval_contract import models
 from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
 from retrieval_contract.models import Target
 from retrieval_contract.release import Release
+from retrieval_contract.tensors import Ensemble
 from tests.conftest import ROOT, photo, product_row
 from tests.test_towers import edit_config
 from tests.tiny import tiny_make
@@ -60,12 +61,24 @@ def test_three_targets_serve_the_same_tensors(tower: models.Model, release: Rele
     assert {c.backend for c in configs.values()} == {"tensorrt", "onnxruntime", "python"}
 
 
+@pytest.mark.parametrize("ensemble", models.IN_ONE, ids=lambda p: p.name)
+def test_what_runs_in_one_process_looks_like_its_ensemble(
+    ensemble: Ensemble, release: Release
+) -> None:
+    whole, one = configs_of(ensemble, release, release.release_id).values()
+    assert (whole.platform, one.platform, one.backend) == ("ensemble", "", "python")
+    for field in ("input", "output", "max_batch_size", "name"):
+        assert getattr(whole, field) == getattr(one, field)
+
+
 @pytest.mark.parametrize("part", PARTS, ids=lambda p: p.name)
 def test_every_config_names_its_release_and_batches(part: models.Model, release: Release) -> None:
     for config in configs_of(part, release, release.release_id).values():
         assert config.parameters["release_id"].string_value == release.release_id
-        assert config.HasField("dynamic_batching") is (part in models.MODELS)
-        assert bool(config.model_warmup) is (part in models.MODELS)
+        computes = config.platform != "ensemble"
+        assert computes is (config.backend != "")
+        assert config.HasField("dynamic_batching") is computes
+        assert bool(config.model_warmup) is computes
 
 
 def test_a_release_is_whole_and_says_how_it_was_made(release_folder: Path) -> None:

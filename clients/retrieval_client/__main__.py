@@ -1,4 +1,4 @@
-"""retrieval push | search | status | delete: the command line of the client library.
+"""retrieval push | search | status | probe | delete: the command line of the client library.
 
 Exit codes: 0 all done, 1 an error (said on stderr), 3 some rows or ids were refused or unknown.
 """
@@ -38,6 +38,7 @@ from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Columns, Source
 from retrieval_contract.errors import ItemError, RetrievalError
+from retrieval_contract.probes import Probes
 
 EXIT_ERROR, EXIT_REFUSED = 1, 3
 console = Console(stderr=True)
@@ -81,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", parents=[shared], help="server, catalog, do they match")
     status.set_defaults(run=run_status)
+
+    probe = commands.add_parser(
+        "probe", parents=[shared], help="does the server give the vectors of its release"
+    )
+    probe.add_argument("release", type=Path, help="folder of the release that it should serve")
+    probe.set_defaults(run=run_probe)
 
     delete = commands.add_parser("delete", parents=[shared], help="delete products by id")
     delete.add_argument("ids", nargs="+", metavar="ID")
@@ -286,6 +293,22 @@ def run_status(args: argparse.Namespace, settings: Settings) -> int:
         for problem in problems:
             console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
     return EXIT_ERROR if problems else 0
+
+
+def run_probe(args: argparse.Namespace, settings: Settings) -> int:
+    """Golden probes: compare, and say how close."""
+    probes = Probes.load(args.release)
+    with Encoder(settings) as encoder:
+        lowest = encoder.probe(probes)
+    count = len(probes.queries) + len(probes.titles)
+    if args.json:
+        print(json.dumps({"release_id": probes.release_id, "probes": count, "cosine": lowest}))
+    else:
+        console.print(
+            f"release {probes.release_id}: {count} probes, lowest cosine {lowest:.6f}",
+            markup=False,
+        )
+    return 0
 
 
 def run_delete(args: argparse.Namespace, settings: Settings) -> int:

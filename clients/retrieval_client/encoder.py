@@ -8,27 +8,24 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from retrieval_client.channel import channel_to
+from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError, ItemError, ReleaseMismatch, ServerUnavailable
+from retrieval_contract.probes import Probes
 from retrieval_contract.release import RELEASE_PARAMETER, version_of
 from retrieval_contract.tensors import Array, Ensemble
 
-# A reconnecting channel waits at most a second: a restarted server is found again at once.
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
+SHARED_ROWS, SHARED_BYTES = 16, 4096
+"""What one caller may add to a request that callers share; more travels alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,10 @@ class Encoded:
     errors: list[ItemError | None]
     served: Served
 
+    def __getitem__(self, part: slice) -> Encoded:
+        """Some of the rows."""
+        return Encoded(self.vectors[part], self.errors[part], self.served)
+
     def vector(self, row: int) -> Array:
         """One vector (vector_dim,); raises the row's ItemError if it was refused."""
         if (error := self.errors[row]) is not None:
@@ -56,7 +57,9 @@ class Encoded:
 
 
 class Encoder:
-    """A connection to one Triton server; safe to share between threads.
+    """A connection to one Triton server; safe to share between threads, and meant to be.
+
+    Short queries of many threads travel together (`coalesce.py`).
 
     The handshake (release id, names, dtypes, dims of both ensembles) happens on first use and
     again after every failure. Requests name the release's own version of the model, so a server
@@ -66,9 +69,12 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         self.address = settings.triton
         self.timeout_s = settings.timeout_s
-        self._channel = grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        self._channel = channel_to(settings)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._served: Served | None = None
+        self._shared: Coalescer[bytes, Encoded] = Coalescer(
+            self._encode_queries, models.QUERY_ENCODER.batch.max
+        )
 
     def __enter__(self) -> Encoder:
         return self
@@ -107,13 +113,36 @@ class Encoder:
         reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata", deadline)
         return f"{reply.name} {reply.version}"
 
+    def probe(self, probes: Probes) -> float:
+        """Ask for a release's golden probes; the lowest cosine, 1 where all is exact.
+
+        Raises ReleaseMismatch when the server is of another release, or gives other vectors.
+        """
+        served = self.served()
+        if served.release_id != probes.release_id:
+            raise ReleaseMismatch(
+                f"Triton at {self.address}: expected release {probes.release_id}, it serves "
+                f"{served.release_id}; give the folder of that one"
+            )
+        queries = self.encode_queries(probes.queries)
+        products = self.encode_products(probes.titles, probes.images)
+        if error := next((e for e in (*queries.errors, *products.errors) if e), None):
+            raise ReleaseMismatch(f"Triton at {self.address}: it refused a golden probe: {error}")
+        return probes.check(queries.vectors, products.vectors)
+
     def encode_queries(self, queries: Sequence[str], *, timeout_s: float | None = None) -> Encoded:
         """Texts → vectors (len(queries), vector_dim), in as few requests as the contract allows.
 
         A bad text gets an entry in `errors`; the others are answered.
         """
-        rows = {models.QUERY.name: [_utf8(q) for q in queries]}
-        return self._encode(models.QUERY_ENCODER, models.QUERY_VECTOR.name, rows, timeout_s)
+        texts, deadline = [_utf8(q) for q in queries], Deadline(timeout_s or self.timeout_s)
+        if not 0 < len(texts) <= SHARED_ROWS or sum(map(len, texts)) > SHARED_BYTES:
+            return self._encode_queries(texts, deadline)
+        return self._shared(texts, deadline)
+
+    def _encode_queries(self, texts: Sequence[bytes], deadline: Deadline) -> Encoded:
+        columns = {models.QUERY.name: texts}
+        return self._encode(models.QUERY_ENCODER, models.QUERY_VECTOR.name, columns, deadline)
 
     def encode_products(
         self, titles: Sequence[str], images: Sequence[bytes], *, timeout_s: float | None = None
@@ -125,16 +154,16 @@ class Encoder:
                 f"{len(images)} images"
             )
         rows = {models.TITLE.name: [_utf8(t) for t in titles], models.IMAGE.name: list(images)}
-        return self._encode(models.PRODUCT_ENCODER, models.PRODUCT_VECTOR.name, rows, timeout_s)
+        deadline = Deadline(timeout_s or self.timeout_s)
+        return self._encode(models.PRODUCT_ENCODER, models.PRODUCT_VECTOR.name, rows, deadline)
 
     def _encode(
         self,
         ensemble: Ensemble,
         output: str,
         columns: Mapping[str, Sequence[bytes]],
-        timeout_s: float | None,
+        deadline: Deadline,
     ) -> Encoded:
-        deadline = Deadline(timeout_s or self.timeout_s)
         known = self._served
         try:
             return self._encode_as(

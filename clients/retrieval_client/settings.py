@@ -19,7 +19,8 @@ class Settings:
 
     `milvus` is Milvus Lite when it ends in `.db` (a folder of that name), else a server's URI.
     Deadlines are in seconds and cover one call; `retry_s` is how long a push goes on trying
-    while a server is away.
+    while a server is away. `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and
+    `tls_key` say who we are, `tls_name` is the server's name where its address is not it.
     """
 
     triton: str = "127.0.0.1:8001"
@@ -29,6 +30,10 @@ class Settings:
     timeout_s: float = 5.0
     push_timeout_s: float = 60.0
     retry_s: float = 60.0
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_name: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -1,0 +1,330 @@
+"""python -m benchmarks.limit: what serving costs over running the same towers in one's own process.
+
+Alternating rounds on one core: the preprocessing and the graph here, over as many texts at
+a time as there are callers (at most the best number), those of like length together; then the same
+through gRPC, while this process asks from another core. Ratios are medians over rounds. The last
+line is JSON:
+
+    {"query": {"1": ratio, …}, "request": {"1": ratio, …}, "product": {"32": ratio, …}}
+
+"query": so many threads that share one client, each with one text at a time; "request": so many
+single-text requests in flight, which nobody merges; "product": requests of so many rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.inflight import Answered, keep_calling, keep_in_flight
+from benchmarks.workload import built_in_queries, queries_from_csv
+from deploy.local import LATEST, Server, triton
+from deploy.rendered.catalog import write_rendered_catalog
+from deploy.stopping import cpu_seconds
+from retrieval_client.sources import Source
+from retrieval_contract import models
+from retrieval_contract.errors import RetrievalError
+from retrieval_contract.lengths import like_lengths
+from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from retrieval_contract.release import Release
+from retrieval_contract.tensors import Ensemble, Model
+
+IN_FLIGHT = (1, 4, 16, 64, 256)
+ROWS = (1, 8, 32, 64)
+PRODUCTS_IN_FLIGHT = 2
+BATCHES = (16, 32, 64, 128)
+"""Rows of one run in one's own process; the best of them is the limit."""
+SAMPLE = 2048
+PRODUCTS = 256
+
+Row = tuple[bytes, ...]
+console = Console(stderr=True)
+
+
+class Run(Protocol):
+    """Preprocess and encode some rows."""
+
+    def __call__(self, rows: Sequence[Row]) -> object: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One ensemble, rows for it, and the same work in this process."""
+
+    ensemble: Ensemble
+    rows: Sequence[Row]
+    run: Run
+    batch: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rows a second in this process and through the server, and what the latter took."""
+
+    limit: float
+    served: float
+    answered: Answered
+    client_cpu_s: float
+    server_cpu_s: float
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """This thread alone, for a while; gRPC's stay where they are."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def pin(group: int, core: int) -> None:
+    """Every thread of a process group; what they start later inherits it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.getpgid(int(process.name)) == group:
+                for thread in (process / "task").iterdir():
+                    os.sched_setaffinity(int(thread.name), {core})
+
+
+def session_of(release: Path, model: Model, version: int) -> Any:
+    """The graph as the local server runs it: ONNX Runtime, one thread, no spinning."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    path = release / "model_repository" / model.name / str(version) / models.ONNX_FILE
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def query_work(folder: Path, release: Release, queries: Sequence[str]) -> Work:
+    """Texts → vectors."""
+    session = session_of(folder, models.QUERY_TOWER, release.version)
+    preprocess = TextPreprocessor(
+        _tokenizer(folder, models.QUERY_TOKENIZER, release), release.query, required=True
+    )
+
+    def run(rows: Sequence[Row]) -> object:
+        batch = preprocess([row[0] for row in rows])
+        lengths = np.maximum(batch.mask.sum(1), 1)
+        for part in like_lengths(lengths):
+            longest = lengths[part[-1]]
+            ids, mask = batch.ids[part, :longest], batch.mask[part, :longest]
+            session.run(None, {models.QUERY_IDS.name: ids, models.QUERY_MASK.name: mask})
+        return None
+
+    rows = [(queries[at % len(queries)].encode(),) for at in range(SAMPLE)]
+    return Work(models.QUERY_ENCODER, rows, run, best_batch(run, rows))
+
+
+def product_work(folder: Path, release: Release, source: Path) -> Work:
+    """Title and image file → vectors."""
+    session = session_of(folder, models.PRODUCT_TOWER, release.version)
+    preprocess = ProductPreprocessor(
+        _tokenizer(folder, models.PRODUCT_PREPROCESSOR, release), release.title, release.image
+    )
+
+    def run(rows: Sequence[Row]) -> object:
+        titles, images = zip(*rows, strict=True)
+        return session.run(None, dict(preprocess(titles, images).tensors))
+
+    good = (row for row in Source(source).rows() if row.problem is None)
+    rows = [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
+    return Work(models.PRODUCT_ENCODER, rows, run, best_batch(run, rows))
+
+
+def _tokenizer(folder: Path, model: Model, release: Release) -> str:
+    path = folder / "model_repository" / model.name / str(release.version) / models.TOKENIZER_FILE
+    return path.read_text("utf-8")
+
+
+def best_batch(run: Run, rows: Sequence[Row]) -> int:
+    """The one of BATCHES that takes the least time a row."""
+    return max(BATCHES, key=lambda size: median_of(lambda: limit_rate(run, rows, size, 0.3), 3))
+
+
+def median_of(measure: Callable[[], float], times: int) -> float:
+    """Of several measurements."""
+    return statistics.median(measure() for _ in range(times))
+
+
+def limit_rate(run: Run, rows: Sequence[Row], batch: int, seconds: float) -> float:
+    """Rows a second in this process, so many at a time."""
+    drawn = shuffled(rows, 0)
+    done, start = 0, time.perf_counter()
+    while (took := time.perf_counter() - start) < seconds:
+        run(list(itertools.islice(drawn, batch)))
+        done += batch
+    return done / took
+
+
+Ask = Callable[[Iterator[Row], int], Answered]
+"""Rows and a number (in flight, or rows of a request) → what came back."""
+
+
+def one_round(
+    work: Work, server: Server, core: int, ask: Ask, number: int, batch: int, s: float, seed: int
+) -> Round:
+    """First alone on the server's core, in batches of `batch`, then through the server."""
+    with on_core(core):
+        limit = limit_rate(work.run, work.rows, batch, s)
+    cpu = time.process_time(), cpu_seconds(server.process.pid)
+    answered = ask(shuffled(work.rows, seed), number)
+    client = time.process_time() - cpu[0]
+    return Round(
+        limit, answered.rows_per_s, answered, client, cpu_seconds(server.process.pid) - cpu[1]
+    )
+
+
+def shuffled(rows: Sequence[Row], seed: int) -> Iterator[Row]:
+    """Without end, in a new order each time."""
+    rng = np.random.default_rng(seed)
+    while True:
+        for at in rng.permutation(len(rows)).tolist():
+            yield rows[at]
+
+
+def measure(
+    name: str,
+    work: Work,
+    server: Server,
+    core: int,
+    ask: Ask,
+    numbers: Sequence[int],
+    args: argparse.Namespace,
+) -> dict[int, list[Round]]:
+    """Every number once a round."""
+    found: dict[int, list[Round]] = {number: [] for number in numbers}
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(name, total=args.rounds * len(numbers))
+        for seed in range(args.rounds):
+            for number in numbers:
+                batch = work.batch if work.ensemble is models.PRODUCT_ENCODER else number
+                batch = min(batch, work.batch)
+                found[number].append(
+                    one_round(work, server, core, ask, number, batch, args.seconds, seed)
+                )
+                bar.advance(task)
+    show(name, found)
+    return found
+
+
+def show(name: str, found: dict[int, list[Round]]) -> None:
+    """One row a number."""
+    table = Table(title=f"{name}: served ÷ in one's own process; CPU seconds for 1,000 rows")
+    for column in ("", "rows/s", "÷ limit", "lowest", "highest", "client CPU", "server CPU"):
+        table.add_column(column, justify="right")
+    for column in ("p50 ms", "p99 ms", "failed"):
+        table.add_column(column, justify="right")
+    for number, done in found.items():
+        ratios = [r.served / r.limit for r in done]
+        cells = [
+            f"{statistics.median(r.served for r in done):.0f}",
+            *(f"{x:.3f}" for x in (statistics.median(ratios), min(ratios), max(ratios))),
+            f"{statistics.median(r.client_cpu_s * 1e3 / r.answered.all_rows for r in done):.3f}",
+            f"{statistics.median(r.server_cpu_s * 1e3 / r.answered.all_rows for r in done):.3f}",
+        ]
+        for percent in (50, 99):
+            cells.append(
+                f"{statistics.median(r.answered.percentile_ms(percent) for r in done):.1f}"
+            )
+        table.add_row(str(number), *cells, str(sum(r.answered.failed for r in done)))
+    console.print(table)
+
+
+def ratios_of(found: dict[int, list[Round]]) -> dict[str, float]:
+    """Medians."""
+    return {
+        str(number): round(statistics.median(r.served / r.limit for r in done), 3)
+        for number, done in found.items()
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.limit", description=__doc__)
+    top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
+    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
+    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
+    top.add_argument("--in-flight", type=int, action="append", help=f"default: {IN_FLIGHT}")
+    top.add_argument("--rows", type=int, action="append", help=f"of a request; default: {ROWS}")
+    top.add_argument("--rounds", type=int, default=5)
+    top.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
+    top.add_argument("--product-seconds", type=float, default=10.0, help="the same, for products")
+    top.add_argument("--only", choices=["query", "request", "product"], action="append")
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Serve on one core, ask from another; returns the report."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise RetrievalError("expected two cores, one for the server and one to ask; got one")
+    queries = queries_from_csv(args.queries) if args.queries else built_in_queries()
+    source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
+    release = Release.load(args.release)
+    os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
+    with on_core(cores[0]):
+        asked = query_work(args.release, release, queries)
+        pushed = product_work(args.release, release, source)
+    log_path = Path("build") / "limit.log"
+    with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
+        pin(server.process.pid, cores[0])
+        asks: dict[str, tuple[Work, Ask, Sequence[int]]] = {
+            "query": (asked, callers(server, args.seconds), args.in_flight or IN_FLIGHT),
+            "request": (asked, requests(server, args.seconds), args.in_flight or IN_FLIGHT),
+            "product": (pushed, batches(server, args.product_seconds), args.rows or ROWS),
+        }
+        found = {
+            name: measure(name, work, server, cores[0], ask, numbers, args)
+            for name, (work, ask, numbers) in asks.items()
+            if name in (args.only or asks)
+        }
+    return {name: ratios_of(rounds) for name, rounds in found.items()}
+
+
+def callers(server: Server, seconds: float) -> Ask:
+    """So many threads of one client."""
+    return lambda rows, count: keep_calling(server, rows, count, seconds)
+
+
+def requests(server: Server, seconds: float) -> Ask:
+    """So many single-text requests."""
+    return lambda rows, count: keep_in_flight(server, models.QUERY_ENCODER, rows, count, 1, seconds)
+
+
+def batches(server: Server, seconds: float) -> Ask:
+    """Requests of so many products, two at a time: one is decoded while one is encoded."""
+    return lambda rows, each: keep_in_flight(
+        server, models.PRODUCT_ENCODER, rows, PRODUCTS_IN_FLIGHT, each, seconds
+    )
+
+
+def main() -> None:
+    """Command line."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "0"  # one core is one core
+    try:
+        print(json.dumps(run(parser().parse_args())))
+    except RetrievalError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Calls that come while others are under way travel together.
+
+A request has a fixed price (wire, queue, a process to wake) that a short text does not: many
+callers in one request pay it once. A lone caller is sent at once, and whoever comes meanwhile goes
+with the next request. That one is held only while callers keep coming: those whom one answer has
+released ask again within moments of each other, and the first of them must not travel alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from retrieval_client.deadline import Deadline
+from retrieval_contract.errors import DeadlineExceeded, RetrievalError
+
+GATHER_STEP_S, GATHER_S = 0.5e-3, 10e-3
+"""A request that follows a shared one is held for steps in which somebody came, so long at most."""
+
+Item = TypeVar("Item")
+Results = TypeVar("Results", bound="Sliceable")
+
+
+class Sliceable(Protocol):
+    """Results of several items, of which each caller gets a slice."""
+
+    def __getitem__(self: Results, part: slice) -> Results: ...
+
+
+def taken() -> threading.Lock:
+    """A lock that somebody else will release."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@dataclass(eq=False)
+class _Call(Generic[Item, Results]):
+    """One caller's items, and what has become of them."""
+
+    items: Sequence[Item]
+    deadline: Deadline
+    results: Results | None = None
+    error: RetrievalError | None = None
+    leads: bool = False
+    turn: threading.Lock = field(default_factory=taken)
+    """Released when there is something to do: to lead, or to take what came."""
+
+    @property
+    def done(self) -> bool:
+        """Answered or failed."""
+        return self.results is not None or self.error is not None
+
+
+class Coalescer(Generic[Item, Results]):
+    """Merges the calls of many threads; each keeps its own deadline and gets its own results.
+
+    `send` gets at most `most` items and the shortest deadline among their callers, and returns one
+    result an item. One request is under way at a time, and a second one when half of `most` calls
+    wait. Their senders are the callers themselves, so there is no thread to stop.
+    """
+
+    def __init__(self, send: Callable[[list[Item], Deadline], Results], most: int) -> None:
+        self._send, self._most = send, most
+        self._under_way = 0
+        self._waiting: deque[_Call[Item, Results]] = deque()
+        self._lock = threading.Lock()
+        self._shared = False
+        """Whether the last request had several callers."""
+
+    def __call__(self, items: Sequence[Item], deadline: Deadline) -> Results:
+        """Results of these items, at most `most`; raises what `send` raises, or DeadlineExceeded.
+
+        A request that fails fails for all its callers, but one that took too long for the most
+        impatient of them is sent again for those who have time.
+        """
+        call: _Call[Item, Results] = _Call(items, deadline)
+        with self._lock:
+            self._waiting.append(call)
+            self._appoint()
+        while not call.done:
+            if not call.turn.acquire(timeout=deadline.left_s):
+                self._give_up(call)
+            if call.leads:
+                self._lead(call)
+        if call.results is None:
+            raise call.error or RetrievalError("neither answered nor failed")
+        return call.results
+
+    def _appoint(self) -> None:
+        """Let the oldest caller lead, where a request may go out; under the lock."""
+        allowed = 1 if len(self._waiting) < self._most // 2 else 2
+        if self._waiting and self._under_way < allowed and not self._waiting[0].leads:
+            self._under_way += 1
+            self._waiting[0].leads = True
+            self._waiting[0].turn.release()
+
+    def _give_up(self, call: _Call[Item, Results]) -> None:
+        """Leave the queue, unless it is our turn this very moment."""
+        with self._lock:
+            if call.leads or call.done:
+                return
+            if call in self._waiting:
+                self._waiting.remove(call)
+            call.error = _too_late(call)
+
+    def _lead(self, mine: _Call[Item, Results]) -> None:
+        """Send for the oldest callers, then let the oldest of those who came meanwhile lead."""
+        if self._shared:
+            self._gather()
+        with self._lock:
+            batch = self._take()
+            self._shared = len(batch) > 1
+        try:
+            deadline = min((call.deadline for call in batch), key=lambda d: d.left_s)
+            results = self._send([item for call in batch for item in call.items], deadline)
+            start = 0
+            for call in batch:
+                call.results = results[start : start + len(call.items)]
+                start += len(call.items)
+        except DeadlineExceeded:
+            for call in batch:
+                if call.deadline.passed:
+                    call.error = _too_late(call)
+        except RetrievalError as exc:
+            for call in batch:  # one exception that is raised in two threads mixes their traces
+                call.error = type(exc)(*exc.args)
+        except BaseException as exc:  # an interrupt is this thread's own: the others go on
+            mine.error = RetrievalError(f"interrupted: {exc!r}")
+            raise
+        finally:
+            self._hand_on(batch, mine)
+
+    def _gather(self) -> None:
+        """While callers keep coming there is nothing to be lost."""
+        end, before = time.monotonic() + GATHER_S, 0
+        while before < (now := len(self._waiting)) < self._most and time.monotonic() < end:
+            before = now
+            time.sleep(GATHER_STEP_S)
+
+    def _take(self) -> list[_Call[Item, Results]]:
+        batch, count = [], 0
+        while self._waiting and count + len(self._waiting[0].items) <= self._most:
+            batch.append(self._waiting.popleft())
+            count += len(batch[-1].items)
+        return batch
+
+    def _hand_on(self, batch: list[_Call[Item, Results]], mine: _Call[Item, Results]) -> None:
+        with self._lock:
+            self._under_way -= 1
+            mine.leads = False
+            for call in reversed(batch):
+                if not call.done:
+                    self._waiting.appendleft(call)
+            self._appoint()
+            for call in batch:
+                if call.done and call is not mine:
+                    call.turn.release()
+
+
+def _too_late(call: _Call[Item, Results]) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"no answer within {call.deadline.seconds} s, waiting included; raise the deadline"
+    )

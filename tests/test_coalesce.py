@@ -1,0 +1,137 @@
+"""Concurrent calls in few requests: everyone's own answer, deadline and error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from retrieval_client.coalesce import Coalescer
+from retrieval_client.deadline import Deadline
+from retrieval_contract.errors import DeadlineExceeded, RequestRefused
+
+Send = Callable[[list[int], Deadline], Sequence[int]]
+
+
+class Doubler:
+    """Doubles numbers, slowly; remembers what it was sent."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.seconds, self.sent = seconds, []  # type: ignore[var-annotated]
+        self.under_way = self.most_under_way = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, items: list[int], deadline: Deadline) -> list[int]:
+        with self.lock:
+            self.sent.append(items)
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        time.sleep(min(self.seconds, deadline.left_s))
+        with self.lock:
+            self.under_way -= 1
+        if deadline.passed:
+            raise DeadlineExceeded("late")
+        return [2 * item for item in items]
+
+
+def ask(merged: Coalescer[int, list[int]], items: Sequence[int], seconds: float = 5.0) -> list[int]:
+    return list(merged(items, Deadline(seconds)))
+
+
+def test_a_lone_caller_is_sent_at_once() -> None:
+    send = Doubler(0.0)
+    merged = Coalescer(send, most=16)
+    assert [ask(merged, [n]) for n in range(3)] == [[0], [2], [4]]
+    assert send.sent == [[0], [1], [2]]
+
+
+def test_everybody_gets_their_own_and_few_requests_are_sent() -> None:
+    send = Doubler()
+    merged = Coalescer(send, most=16)
+    with ThreadPoolExecutor(32) as pool:
+        asked = [[n, n + 1] if n % 3 else [n] for n in range(400)]
+        found = list(pool.map(lambda items: ask(merged, items), asked))
+    assert found == [[2 * n for n in items] for items in asked]
+    assert sum(map(len, send.sent)) == sum(map(len, asked)), "nothing twice, nothing lost"
+    assert max(map(len, send.sent)) <= 16
+    assert len(send.sent) < 150
+    assert send.most_under_way <= 2
+
+
+def test_who_has_no_time_left_waits_no_longer() -> None:
+    merged = Coalescer(Doubler(0.5), most=16)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.05)
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.1 s"):
+            ask(merged, [2], 0.1)
+        assert time.monotonic() - start < 0.3
+        assert first.result() == [2]
+        assert ask(merged, [3]) == [6], "whoever gave up is not in anybody's way"
+
+
+def test_the_impatient_do_not_cost_the_others() -> None:
+    send = Doubler(0.3)
+    merged = Coalescer(send, most=16)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.05)
+        impatient = pool.submit(ask, merged, [2], 0.4)
+        patient = pool.submit(ask, merged, [3], 5.0)
+        assert first.result() == [2]
+        with pytest.raises(DeadlineExceeded):
+            impatient.result()
+        assert patient.result() == [6]
+    assert send.sent == [[1], [2, 3], [3]]
+
+
+def test_an_error_is_everybodys_and_the_next_request_is_sent() -> None:
+    def send(items: list[int], deadline: Deadline) -> list[int]:
+        time.sleep(0.05)
+        if 13 in items:
+            raise RequestRefused("thirteen")
+        return items
+
+    merged: Coalescer[int, list[int]] = Coalescer(send, most=16)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.02)
+        both = [pool.submit(ask, merged, [n]) for n in (13, 14)]
+        assert first.result() == [1]
+        for call in both:
+            with pytest.raises(RequestRefused, match="thirteen"):
+                call.result()
+    assert ask(merged, [2]) == [2]
+
+
+def test_a_leader_that_is_interrupted_leaves_the_others_served() -> None:
+    started = threading.Event()
+
+    def send(items: list[int], deadline: Deadline) -> list[int]:
+        started.set()
+        time.sleep(0.1)
+        if items == [1]:
+            raise KeyboardInterrupt
+        return items
+
+    merged: Coalescer[int, list[int]] = Coalescer(send, most=16)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, merged, [1])
+        started.wait()
+        second = pool.submit(ask, merged, [2], 2.0)
+        assert second.result() == [2]
+        with pytest.raises(KeyboardInterrupt):
+            first.result()
+
+
+def test_half_a_request_of_callers_need_not_wait_for_the_first() -> None:
+    send = Doubler(0.2)
+    merged = Coalescer(send, most=4)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(ask, merged, [n]) for n in range(3)]
+        assert [call.result() for call in calls] == [[0], [2], [4]]
+    assert send.most_under_way == 2

@@ -1,0 +1,98 @@
+"""Golden probes: written with a release, and asked of whoever serves it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from deploy import local
+from export.publish import publish
+from retrieval_client import Encoder, Settings
+from retrieval_client.__main__ import main
+from retrieval_contract import models
+from retrieval_contract.errors import ContractError, ReleaseMismatch
+from retrieval_contract.probes import PROBES_FILE, Probes
+from retrieval_contract.release import Release
+from tests.tiny import tiny_make
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(tiny_make(), tmp_path_factory.mktemp("releases"), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same sizes, with other weights."""
+    return publish(tiny_make(seed=1), tmp_path_factory.mktemp("others"), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[local.Server]:
+    with local.triton(folder) as server:
+        yield server
+
+
+def test_a_release_holds_vectors_of_every_kind_of_item(folder: Path) -> None:
+    release, probes = Release.load(folder), Probes.load(folder)
+    assert probes.release_id == release.release_id
+    assert "" in probes.titles
+    assert b"" in probes.images
+    for vectors in (probes.query_vectors, probes.product_vectors):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-4)
+    assert PROBES_FILE in json.loads((folder / "manifest.json").read_text())["files"]
+
+
+def test_the_server_gives_them(served: local.Server, folder: Path) -> None:
+    with Encoder(Settings(triton=served.grpc_address)) as encoder:
+        assert encoder.probe(Probes.load(folder)) > 1 - 1e-5
+
+
+def test_the_command_says_how_close(
+    served: local.Server, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["probe", str(folder), "--triton", served.grpc_address, "--json"])
+    assert left.value.code in (0, None)
+    said = json.loads(capsys.readouterr().out)
+    assert (said["release_id"], said["probes"]) == (Release.load(folder).release_id, 7)
+    assert said["cosine"] > 1 - 1e-5
+
+
+def test_another_release_is_told_apart(served: local.Server, folder: Path, other: Path) -> None:
+    with Encoder(Settings(triton=served.grpc_address)) as encoder:
+        with pytest.raises(ReleaseMismatch, match="expected release"):
+            encoder.probe(Probes.load(other))
+        lied = replace(Probes.load(other), release_id=Release.load(folder).release_id)
+        with pytest.raises(ReleaseMismatch, match=r"golden probe 'red shoes': .*cosine"):
+            encoder.probe(lied)
+
+
+def test_a_server_with_other_weights_under_the_same_name_is_not_ready(
+    folder: Path, other: Path, tmp_path: Path
+) -> None:
+    swapped = Path(shutil.copytree(folder, tmp_path / folder.name))
+    version = str(Release.load(folder).version)
+    graphs = [
+        home / "model_repository" / models.QUERY_TOWER.name / number / models.ONNX_FILE
+        for home, number in ((other, str(Release.load(other).version)), (swapped, version))
+    ]
+    graphs[1].chmod(0o644)
+    shutil.copyfile(*graphs)
+    with pytest.raises(ReleaseMismatch, match="golden probe"), local.triton(swapped):
+        pass
+
+
+def test_a_release_without_probes_is_not_whole(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"probes\.json: not a file of golden probes"):
+        Probes.load(tmp_path)
+    (tmp_path / PROBES_FILE).write_text((folder / PROBES_FILE).read_text()[:100])
+    with pytest.raises(ContractError, match="build the release again"):
+        Probes.load(tmp_path)

@@ -1,0 +1,166 @@
+"""TLS in both directions, controls that are closed, on the real server."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from deploy import local
+from deploy.security import CONTROLS, Tls, control_flags, read_key
+from retrieval_client import Encoder, RetrievalError, Settings
+from retrieval_client.channel import channel_to
+from retrieval_contract.errors import DeployError, ServerUnavailable
+
+KEY = "a-key-of-the-test"
+
+
+def openssl(*arguments: str, cwd: Path) -> None:
+    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
+
+
+def certificate(folder: Path, name: str, authority: str) -> None:
+    """`name`.pem and `name`.key for 127.0.0.1, signed by `authority`."""
+    openssl(
+        *("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr"),
+        *("-subj", f"/CN={name}"),
+        cwd=folder,
+    )
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl(
+        *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem"),
+        *("-CAkey", f"{authority}.key", "-CAcreateserial", "-days", "2", "-extfile", "names"),
+        *("-out", f"{name}.pem"),
+        cwd=folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of our authority for server and client, and a stranger's."""
+    assert shutil.which("openssl"), "the certificates of this test are made by openssl"
+    folder = tmp_path_factory.mktemp("papers")
+    for authority in ("ours", "theirs"):
+        openssl(
+            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-keyout", f"{authority}.key", "-out", f"{authority}.pem"),
+            *("-subj", f"/CN={authority}"),
+            cwd=folder,
+        )
+    certificate(folder, "server", "ours")
+    certificate(folder, "client", "ours")
+    certificate(folder, "stranger", "theirs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    release_folder: Path, papers: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[local.Server]:
+    """A server that asks callers for a certificate, and for a key before it is controlled."""
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    tls = Tls(papers / "server.pem", papers / "server.key", papers / "ours.pem")
+    with (
+        log.open("w") as lines,
+        local.triton(release_folder, log=lines, tls=tls, control_key=KEY) as server,
+    ):
+        yield server
+    assert KEY not in log.read_text()
+
+
+def settings(server: local.Server, papers: Path, **names: str) -> Settings:
+    paths = {name: str(papers / file) for name, file in names.items()}
+    return Settings(triton=server.grpc_address, timeout_s=3.0).override(**paths)
+
+
+def test_who_shows_a_certificate_is_served(guarded: local.Server, papers: Path) -> None:
+    ours = settings(guarded, papers, tls_ca="ours.pem", tls_cert="client.pem", tls_key="client.key")
+    with Encoder(ours) as encoder:
+        assert encoder.encode_queries(["red shoes"]).errors == [None]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        {"tls_ca": "ours.pem"},
+        {"tls_ca": "ours.pem", "tls_cert": "stranger.pem", "tls_key": "stranger.key"},
+        {"tls_ca": "theirs.pem", "tls_cert": "client.pem", "tls_key": "client.key"},
+    ],
+    ids=["in the clear", "no certificate", "a stranger's", "a server we do not trust"],
+)
+def test_nobody_else_is(guarded: local.Server, papers: Path, names: dict[str, str]) -> None:
+    with Encoder(settings(guarded, papers, **names)) as encoder, pytest.raises(ServerUnavailable):
+        encoder.served()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"tls_cert": "client.pem", "tls_key": "client.key"}, "expected tls_ca beside them"),
+        ({"tls_ca": "ours.pem", "tls_cert": "client.pem"}, "expected both or neither"),
+        ({"tls_ca": "missing.pem"}, r"tls_ca: .*missing\.pem: No such file"),
+    ],
+)
+def test_settings_that_cannot_work_say_so(papers: Path, names: dict[str, str], said: str) -> None:
+    paths = {name: str(papers / file) for name, file in names.items()}
+    with pytest.raises(RetrievalError, match=said):
+        channel_to(Settings(**paths))  # type: ignore[arg-type]
+
+
+def controls(channel: grpc.Channel, key: str | None) -> list[str]:
+    """What each control answers: its status code, OK where it does as asked."""
+    stub = GRPCInferenceServiceStub(channel)
+    calls = [
+        (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="nothing")),
+        (stub.SystemSharedMemoryStatus, pb.SystemSharedMemoryStatusRequest()),
+        (stub.TraceSetting, pb.TraceSettingRequest()),
+        (stub.LogSettings, pb.LogSettingsRequest()),
+    ]
+    said = []
+    for call, request in calls:
+        try:
+            metadata = [("triton-grpc-protocol-control", key)] if key else []
+            call(request, metadata=metadata, timeout=5)
+            said.append("OK")
+        except grpc.RpcError as exc:
+            said.append("closed" if "restricted" in exc.details() else exc.code().name)
+    return said
+
+
+def test_controls_are_closed_by_default(triton: local.Server) -> None:
+    with channel_to(Settings(triton=triton.grpc_address)) as channel:
+        assert controls(channel, None) == ["closed"] * len(CONTROLS)
+        assert controls(channel, "guessed") == ["closed"] * len(CONTROLS)
+
+
+def test_a_key_opens_them(guarded: local.Server, papers: Path) -> None:
+    ours = settings(guarded, papers, tls_ca="ours.pem", tls_cert="client.pem", tls_key="client.key")
+    with channel_to(ours) as channel:
+        assert controls(channel, None) == ["closed"] * len(CONTROLS)
+        # Loading stays refused by the server's own mode, key or not.
+        assert controls(channel, KEY) == ["UNAVAILABLE", "OK", "OK", "OK"]
+
+
+def test_each_start_has_a_key_of_its_own(tmp_path: Path) -> None:
+    assert control_flags() != control_flags()
+    file = tmp_path / "key"
+    with pytest.raises(DeployError, match="give a file that holds the key"):
+        read_key(file)
+    file.write_text("\n")
+    with pytest.raises(DeployError, match="expected one word"):
+        read_key(file)
+    file.write_text(f"{KEY}\n")
+    assert read_key(file) == KEY
+    assert all(flag.endswith(f":control={KEY}") for flag in control_flags(KEY))
+
+
+def test_certificates_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match=r"missing\.pem: not found"):
+        Tls(tmp_path / "missing.pem", tmp_path / "k").flags()
