@@ -17,14 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
 from deploy.logs import LastWords
-from deploy.security import Tls, control_flags, read_key
+from deploy.security import Tls, control_flags, new_key, own_settings, read_key
 from deploy.stopping import DRAIN_S, SIGNALS, stop, undisturbed
+from deploy.supervisor import HUNG_S, Supervisor
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -64,6 +65,8 @@ class Server:
     release: Release
     triton: str
     process: subprocess.Popen[str]
+    settings: Settings
+    control_key: str = field(repr=False)
 
     @property
     def grpc_address(self) -> str:
@@ -136,6 +139,9 @@ def command(
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
         "exit-timeout-secs": DRAIN_S,
+        # So that a model that has died can be loaded again, by who has the control key.
+        "model-control-mode": "explicit",
+        "load-model": "*",
     }
     for protocol in ("grpc", "http", "metrics"):
         flags[f"{protocol}-address"] = host
@@ -171,14 +177,15 @@ def triton(
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
+        control_key = control_key or new_key()
         security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
         args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
         process = _start(wheel, args)
         try:
             words = LastWords(process, log)
-            settings = own_settings(host, ports, tls)
+            settings = own_settings(f"{host}:{ports.grpc}", tls)
             version = _wait_ready(process, settings, ports, words, Probes.load(release_folder))
-            yield Server(host, ports, release, version, process)
+            yield Server(host, ports, release, version, process, settings, control_key)
         finally:
             with undisturbed(process):
                 stop(process)
@@ -223,15 +230,6 @@ def _linked(repository: Path, scratch: Path) -> Path:
         repository.resolve(), scratch / "model_repository", copy_function=os.symlink
     )
     return linked
-
-
-def own_settings(host: str, ports: Ports, tls: Tls | None) -> Settings:
-    """How the launcher itself asks the server: it holds the server's own certificate."""
-    plain = Settings(triton=f"{host}:{ports.grpc}")
-    if tls is None:
-        return plain
-    root, cert = str(tls.root or tls.cert), str(tls.cert)
-    return plain.override(tls_ca=root, tls_cert=cert, tls_key=str(tls.key), tls_name=tls.name)
 
 
 def _wait_ready(
@@ -318,6 +316,9 @@ def main() -> None:
         help="opens loading, shared memory, tracing and logging to who sends the key in it",
     )
     parser.add_argument(
+        "--hung-s", type=float, default=HUNG_S, help=f"then a silent model is killed; {HUNG_S}"
+    )
+    parser.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
         help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
@@ -336,9 +337,10 @@ def main() -> None:
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
         ) as server:
             _announce(server)
-            if args.run:
-                raise SystemExit(_run_beside(server, args.run))
-            code = server.process.wait()
+            with supervised(server, args.hung_s):
+                if args.run:
+                    raise SystemExit(_run_beside(server, args.run))
+                code = server.process.wait()
             raise DeployError(f"Triton exited by itself with code {code}; see its log above")
     except Stopped as exc:
         print("stopped", file=sys.stderr)
@@ -346,6 +348,23 @@ def main() -> None:
             raise SystemExit(128 + exc.args[0]) from None
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
+
+
+@contextlib.contextmanager
+def supervised(server: Server, hung_s: float) -> Iterator[None]:
+    """While the block runs, models that die or hang are loaded again."""
+    supervisor = Supervisor(
+        server.process,
+        server.settings,
+        server.control_key,
+        lambda line: print(f"supervisor: {line}", file=sys.stderr, flush=True),
+        hung_s,
+    )
+    supervisor.start()
+    try:
+        yield
+    finally:
+        supervisor.stop()
 
 
 def tls_of(args: argparse.Namespace) -> Tls | None:

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from retrieval_client.settings import Settings
 from retrieval_contract.errors import DeployError
 
 CONTROLS = ("model-repository", "shared-memory", "trace", "logging")
@@ -45,12 +46,17 @@ class Tls:
         return flags
 
 
-def control_flags(key: str | None = None) -> list[str]:
-    """Controls answer to whoever knows the key; without one, to nobody.
+def new_key() -> str:
+    """Nobody can guess it."""
+    return secrets.token_hex(32)
+
+
+def control_flags(key: str) -> list[str]:
+    """Controls answer to whoever knows the key.
 
     Triton takes the key on its command line, where users of the same machine can read it.
     """
-    rule = f"{','.join(CONTROLS)}:{HEADER}={key or secrets.token_hex(32)}"
+    rule = f"{','.join(CONTROLS)}:{HEADER}={key}"
     return [f"--grpc-restricted-protocol={rule}", f"--http-restricted-api={rule}"]
 
 
@@ -63,3 +69,12 @@ def read_key(path: Path) -> str:
     if not key or len(key.split()) != 1:
         raise DeployError(f"{path}: expected one word, the key; write it there")
     return key
+
+
+def own_settings(address: str, tls: Tls | None) -> Settings:
+    """How the launcher itself asks the server: it holds the server's own certificate."""
+    plain = Settings(triton=address)
+    if tls is None:
+        return plain
+    root, cert = str(tls.root or tls.cert), str(tls.cert)
+    return plain.override(tls_ca=root, tls_cert=cert, tls_key=str(tls.key), tls_name=tls.name)

@@ -74,9 +74,11 @@ def processes_of(name: str) -> list[str]:
 
 
 @contextmanager
-def serve(release: Path, log: Path, *run: str) -> Iterator[Serving]:
+def serve(release: Path, log: Path, *run: str, hung_s: float | None = None) -> Iterator[Serving]:
     """The command on free ports, from when it has begun; with `--run` when a command is given."""
-    flags = ["--release", str(release), *FREE_PORTS, *(["--run", *run] if run else [])]
+    flags = ["--release", str(release), *FREE_PORTS]
+    flags += [f"--hung-s={hung_s}"] if hung_s else []
+    flags += ["--run", *run] if run else []
     with log.open("w") as output, tempfile.TemporaryDirectory() as place:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local", *flags],
