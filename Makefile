@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve release bench engine-check parity repository clean
+.PHONY: help setup demo test lint serve release bench engine-check parity limit repository clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ repository: setup  ## remake the committed configs in model_repository
 bench: release  ## query load against a server of its own; USERS=8 SECONDS=15
 	$(PY) -m deploy.local --grpc-port 0 --http-port 0 --metrics-port 0 \
 	    --run $(PY) -m benchmarks --users $(USERS) --seconds $(SECONDS)
+
+limit: release  ## what serving costs over one's own process; DATA=folder with queries and products
+	$(PY) -m benchmarks.limit $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
 
 clean:  ## everything that was built; not the environments
 	rm -rf build dist
