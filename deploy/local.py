@@ -297,33 +297,38 @@ def _run_beside(server: Server, args: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main() -> None:
-    """Command line: serve until Ctrl-C or SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
-    parser.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
-    parser.add_argument("--server-python", type=Path, default=SERVER_PYTHON)
-    parser.add_argument("--host", default=LOOPBACK, help="address to listen on")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="0 = any free one")
-    parser.add_argument("--http-port", type=int, default=8000)
-    parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--tls-cert", type=Path, help="PEM, whole chain: encrypts gRPC")
-    parser.add_argument("--tls-key", type=Path)
-    parser.add_argument("--tls-root", type=Path, help="PEM: callers need a certificate of this one")
-    parser.add_argument("--tls-name", default="", help="in the certificate; default: --host")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
+    top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
+    top.add_argument("--server-python", type=Path, default=SERVER_PYTHON)
+    top.add_argument("--host", default=LOOPBACK, help="address to listen on")
+    top.add_argument("--grpc-port", type=int, default=8001, help="0 = any free one")
+    top.add_argument("--http-port", type=int, default=8000)
+    top.add_argument("--metrics-port", type=int, default=8002)
+    top.add_argument("--tls-cert", type=Path, help="PEM, whole chain: encrypts gRPC")
+    top.add_argument("--tls-key", type=Path)
+    top.add_argument("--tls-root", type=Path, help="PEM: callers need a certificate of this one")
+    top.add_argument("--tls-name", default="", help="in the certificate; default: --host")
+    top.add_argument(
         "--control-key-file",
         type=Path,
         help="opens loading, shared memory, tracing and logging to who sends the key in it",
     )
-    parser.add_argument(
+    top.add_argument(
         "--hung-s", type=float, default=HUNG_S, help=f"then a silent model is killed; {HUNG_S}"
     )
-    parser.add_argument(
+    top.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
         help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
     )
-    args = parser.parse_args()
+    return top
+
+
+def main() -> None:
+    """Command line: serve until Ctrl-C or SIGTERM."""
+    args = parser().parse_args()
     for number in SIGNALS:
         signal.signal(number, _raise_stopped)
     try:
