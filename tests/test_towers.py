@@ -80,7 +80,10 @@ def test_modal_adaptation_weighs_each_product_for_itself() -> None:
     """A gate that left its start gives two products two mixes of the same modalities."""
     adapt = ModalAdaptation(4, 8)
     with torch.no_grad():
-        adapt.gate.weight[0, 0] = 3.0  # trust titles that point along the first axis
+        adapt.gate[0].weight.zero_()
+        adapt.gate[0].weight[0, 0] = 3.0  # trust titles that point along the first axis
+        adapt.gate[0].bias.zero_()
+        adapt.gate[-1].weight[0, 0] = 3.0
     title = torch.eye(4)[:2]
     image = torch.eye(4)[2:]
     there = torch.ones(2, 1)
@@ -223,9 +226,9 @@ def test_a_missing_file_is_named(tmp_path: Path, lost: str) -> None:
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_make(TINY, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["heads.fusion.gate.bias"]
+    del weights["heads.fusion.gate.0.bias"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"heads.fusion.gate.bias: expected \(2,\), got"):
+    with pytest.raises(CheckpointError, match=r"heads.fusion.gate.0.bias: expected \(256,\), got"):
         load_towers(str(tmp_path))
 
 

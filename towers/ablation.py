@@ -61,6 +61,7 @@ VARIANTS = {
 TERMS = {
     "masks without prototypes": replace(FULL, prototypes=0.0),
     "prototypes without masks": replace(FULL, keywords="none"),
+    "masks that take out altogether": replace(FULL, held=0.0),
     "no general texts": replace(FULL, general=0.0),
     "no dropout": replace(FULL, dropout=0.0),
     "no colour words cut": replace(FULL, colour_cut=0.0),
@@ -158,7 +159,8 @@ def table_of(found: Figured) -> str:
     lines.append("|---" * (len(slices) + 2) + "|")
     for name, by_slice in found.items():
         cells = [_spread(by_slice[part][HEADLINE]) for part in slices]
-        known = _spread(by_slice["all"][KNOWN_ITEM]) if KNOWN_ITEM in by_slice["all"] else ""
+        all_found = by_slice.get("all", {})
+        known = _spread(all_found[KNOWN_ITEM]) if KNOWN_ITEM in all_found else ""
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {known} |")
     lines += ["", "| change of nDCG@10 | " + " | ".join(slices) + " |"]
     lines.append("|---" * (len(slices) + 1) + "|")

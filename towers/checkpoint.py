@@ -30,7 +30,7 @@ TOKENIZER_FILE = "tokenizer.json"
 WORDS = ("title_text.bert.embeddings.", "query_text.bert.embeddings.")
 """Both text encoders' names for the embeddings that they share."""
 FROZEN = ("title_text.", "image_encoder.")
-"""Parts of a MAKE that no training of ours changes."""
+"""Parts of a MAKE that heads are trained on: no training of heads changes them."""
 TRAINING_FILE = "training.json"
 """What a checkpoint was trained on and how, where it was trained here."""
 SHIPPED = Path(__file__).parent / "weights" / "make"

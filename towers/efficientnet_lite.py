@@ -86,11 +86,26 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised float32 (B, 3, H, W) → float32 (B, 1472): means over the whole picture."""
+        maps, means = self.early(image)
+        return torch.cat([self.late(maps), *means], -1)
+
+    def early(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Up to the last of EARLY_BLOCKS: its maps (B, 112, H/16, W/16), and each one's means."""
         x = F.relu6(self._bn0(self._conv_stem(image)))  # (B, 32, H/2, W/2)
-        early = []
-        for number, block in enumerate(self._blocks):
-            x = block(x)
+        means = []
+        for number in range(EARLY_BLOCKS[-1] + 1):
+            x = self._blocks[number](x)
             if number in EARLY_BLOCKS:
-                early.append(x.mean((2, 3)))
-        x = F.relu6(self._bn1(self._conv_head(x)))  # (B, 1280, H/32, W/32)
-        return torch.cat([x.mean((2, 3)), *early], -1)
+                means.append(x.mean((2, 3)))
+        return x, means
+
+    def late(self, maps: Tensor) -> Tensor:
+        """The rest: (B, 112, H/16, W/16) → means (B, 1280)."""
+        for block in self._blocks[EARLY_BLOCKS[-1] + 1 :]:
+            maps = block(maps)
+        return F.relu6(self._bn1(self._conv_head(maps))).mean((2, 3))
+
+    def late_parameters(self) -> list[nn.Parameter]:
+        """Those of `late`."""
+        blocks = self._blocks[EARLY_BLOCKS[-1] + 1 :]
+        return [*blocks.parameters(), *self._conv_head.parameters(), *self._bn1.parameters()]

@@ -21,7 +21,7 @@ from rich.table import Table
 from retrieval_contract.errors import SourceError
 from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
 from towers.command import answer
-from towers.learning.baselines import baselines
+from towers.learning.baselines import BASELINES, baselines
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.metrics import (
     Figures,
@@ -39,6 +39,7 @@ HEADLINE = "ndcg@10"
 KNOWN_ITEM = "known_item_hit@10"
 KNOWN_QUERIES, KNOWN_WORDS = 1000, 3
 SAMPLES, SHOWN = 12, 8
+OTHERS = ("bm25", "pretrained", *BASELINES)
 console = Console(stderr=True)
 
 Found = dict[str, dict[str, Figures]]
@@ -138,6 +139,9 @@ def parser() -> argparse.ArgumentParser:
         help="default: test for the folder that the checkpoint was trained on, all for others",
     )
     top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
+    top.add_argument(
+        "--beside", choices=OTHERS, action="append", help="what to compare with; default: all"
+    )
     top.add_argument("--out", type=Path, default=Path("build/evaluation"))
     return top
 
@@ -154,7 +158,8 @@ def side_of(folder: Path, checkpoint: str) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every folder; returns the report."""
-    systems = systems_of(load_towers(args.checkpoint), baselines())
+    names = [*(args.beside or OTHERS), "make"]
+    systems = [s for s in systems_of(load_towers(args.checkpoint), baselines()) if s.name in names]
     report = {}
     for folder in args.data:
         data = read_data(folder)

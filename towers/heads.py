@@ -20,6 +20,7 @@ from towers.two_towers import unit
 
 PRODUCT_SCALE = 10.0
 """Of t∘i, whose entries would else be a tenth of those of t and i beside it."""
+GATE_WIDTH = 256
 
 
 def perceptron(width_in: int, hidden: int, width_out: int, *, zero: bool = False) -> nn.Sequential:
@@ -67,26 +68,26 @@ class ImageHead(nn.Module):
 class ModalAdaptation(nn.Module):
     """Title and picture → one vector, by weights that each product decides for itself.
 
-        w = softmax(gate([t, i])) over the modalities that are there
-        v = w_t t + w_i i + correct([t, i, 10 t∘i, m_t, m_i])
+        w = softmax(gate([t, i, 10 t∘i])) over the modalities that are there
+        v = w_t t + w_i i + correct([t, i, 10 t∘i, m_t, m_i, w_t, w_i])
 
-    m_t and m_i say what is there; what is not there is zero. `correct` starts at zero, and is
-    what lets one modality speak against the other: a weight alone only chooses between them.
+    m_t and m_i say what is there; what is not there is zero. `gate` and `correct` start at zero.
+    `correct` is what lets one modality speak against the other: a weight alone only chooses
+    between them.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(2 * width, 2)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-        self.correct = perceptron(3 * width + 2, hidden, width, zero=True)
+        self.gate = perceptron(3 * width, GATE_WIDTH, 2, zero=True)
+        self.correct = perceptron(3 * width + 4, 2 * hidden, width, zero=True)
 
     def forward(self, title: Tensor, has_title: Tensor, image: Tensor, has_image: Tensor) -> Tensor:
         """Unit or zero (B, D) and 1/0 flags (B, 1), twice → (B, D)."""
         there = torch.cat([has_title, has_image], -1)  # (B, 2)
-        weight = (self.gate(torch.cat([title, image], -1)) - 1e4 * (1.0 - there)).softmax(-1)
-        both = torch.cat([title, image, PRODUCT_SCALE * title * image, there], -1)  # (B, 3D + 2)
-        return weight[:, :1] * title + weight[:, 1:] * image + self.correct(both)
+        both = torch.cat([title, image, PRODUCT_SCALE * title * image], -1)  # (B, 3D)
+        weight = (self.gate(both) - 1e4 * (1.0 - there)).softmax(-1)
+        correction = self.correct(torch.cat([both, there, weight], -1))
+        return weight[:, :1] * title + weight[:, 1:] * image + correction
 
 
 class MeanFusion(nn.Module):

@@ -121,7 +121,7 @@ IMAGE_FEATURES = POOLED_FEATURES + ColourHistogram.COLOURS
 
 
 class Make(TwoTowers):
-    """The reference model. `title_text` and `image_encoder` stay as pretrained; heads are trained.
+    """The reference model. `title_text` and the picture encoder's lower blocks stay as pretrained.
 
     Both text encoders share one table of word embeddings.
     """

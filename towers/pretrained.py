@@ -68,7 +68,7 @@ def pretrained_make(vector_dim: int | None = None) -> Make:
     towers.image_encoder.load_state_dict({k: v for k, v in image.items() if "_fc." not in k})
     # Nothing is known of pictures yet: 0.95 = softmax(3, 0) on the title.
     with torch.no_grad():
-        towers.heads.fusion.gate.bias[0] = 3.0
+        towers.heads.fusion.gate[-1].bias[0] = 3.0
     return towers.eval()
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from retrieval_contract.errors import CheckpointError, SourceError
 from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make
@@ -26,6 +27,14 @@ from towers.learning.catalog import ProductData, read_data
 from towers.learning.encoders import Advance, Encoders
 from towers.learning.examples import Examples, general_texts, make_examples
 from towers.learning.keywords import Prototypes, keywords_of
+from towers.learning.pictures import (
+    PictureLesson,
+    PictureTeaching,
+    finished,
+    labels_of,
+    maps_of,
+    run_name,
+)
 from towers.learning.split import sides_of
 from towers.learning.student import Lesson, Teaching, with_query_layers
 from towers.learning.training import Recipe, Told, Trainer
@@ -129,9 +138,41 @@ def prepare(args: argparse.Namespace, bars: Bars) -> Material:
     towers.to("cuda" if torch.cuda.is_available() else "cpu")
     titles = [title for folder in args.general for title in read_data(folder).titles]
     general = general_texts(vocabulary_of(towers), titles, args.general_texts, DRAWN_BY)
+    lesson = PictureLesson(epochs=picture_epochs(args))
+    towers = teach_pictures(towers, data, columns, lesson, bars, args.work / "runs")
     encoders = Encoders(towers, args.work / "features")
     examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
     return Material(columns, towers, encoders, general, examples)
+
+
+def picture_epochs(args: argparse.Namespace) -> int:
+    """Asked for, else none where the start has learned to see already."""
+    asked: int | None = args.picture_epochs
+    return asked if asked is not None else 0 if args.start else PictureLesson.epochs
+
+
+def teach_pictures(
+    towers: Make,
+    data: ProductData,
+    columns: Sequence[str],
+    lesson: PictureLesson,
+    bars: Bars,
+    folder: Path | None = None,
+) -> Make:
+    """The same towers with a picture encoder that knows what this catalog's pictures show."""
+    data = data.select([row for row, image in enumerate(data.images) if image])
+    labels = labels_of(data, columns, lesson.rarest_word)
+    if not lesson.epochs or not labels:
+        return towers
+    path = folder / run_name(towers, data, labels, lesson) if folder else None
+    weights = finished(path) if path else None
+    if weights is None:
+        maps = maps_of(towers, data.images, bars("picture maps", len(data)))
+        teaching = PictureTeaching(towers.image_encoder, maps, labels, lesson)
+        weights = teaching.run(path, bars.steps("pictures", lesson.epochs * teaching.steps))
+    towers.image_encoder.load_state_dict(weights)
+    rounded(towers.image_encoder)
+    return towers
 
 
 def train_heads(
@@ -160,9 +201,17 @@ def teach(
     with torch.no_grad():
         taught = unit(towers.heads.query(features))
         products = unit(towers.heads.product(e.titles[0], e.has_title, e.pictures, e.has_picture))
+        products = torch.cat([products, general_products(towers, e)])
     teaching = Teaching(with_query_layers(towers, lesson.layers), texts, taught, products, lesson)
     told = bars.steps(f"query encoder of {lesson.layers} layers", teaching.total)
     return teaching.run(folder, told)
+
+
+def general_products(towers: Make, e: Examples) -> Tensor:
+    """The general texts as products without a picture, unit (M, V)."""
+    there = torch.ones(len(e.general_titles), 1)
+    nothing = torch.zeros(len(there), e.pictures.shape[1])
+    return unit(towers.heads.product(e.general_titles, there, nothing, 0 * there))
 
 
 def add_material_flags(top: argparse.ArgumentParser) -> None:
@@ -179,6 +228,12 @@ def add_material_flags(top: argparse.ArgumentParser) -> None:
         help="data folders whose titles keep the heads honest about other subjects",
     )
     top.add_argument("--general-texts", type=int, default=20_000, help="how many of them")
+    top.add_argument(
+        "--picture-epochs",
+        type=int,
+        help=f"of the picture encoder's upper blocks; default: {PictureLesson.epochs}, with "
+        "--start none",
+    )
     top.add_argument("--everything", action="store_true", help="train on held-out groups as well")
     top.add_argument("--work", type=Path, help="what is kept between runs", default=WORK)
 
@@ -227,6 +282,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "side": "all" if args.everything else "train",
         "products": len(material.examples),
         "attributes": material.columns,
+        "pictures": asdict(PictureLesson(epochs=picture_epochs(args))),
         "recipe": asdict(recipe),
         "lesson": asdict(lesson),
         "torch": torch.__version__.split("+")[0],

@@ -3,9 +3,9 @@
     L = (1 − cos(student, teacher)) + KL(softmax(s t pᵀ) ‖ softmax(s q pᵀ))
 
 over queries of every kind: t and q are the teacher's and the student's vectors, p the vectors of
-some products, s the scale of the training. The second term is what ranking feels (after Hinton et
-al., arXiv 1503.02531). Layers are taken evenly from the teacher; the word embeddings are shared
-with the title encoder and stay.
+some products, titles on other subjects among them, s the scale of the training. The second term is
+what ranking feels (after Hinton et al., arXiv 1503.02531). Layers are taken evenly from the
+teacher; the word embeddings are shared with the title encoder and stay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from towers.make import Make
 from towers.two_towers import unit
 
 KEPT_EVERY = 100
-PRODUCTS = 512
+PRODUCTS = 2048
 SORTED = 32
 """Batches whose texts are sorted by length together: less padding."""
 

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
-from towers.checkpoint import FROZEN
+from towers.checkpoint import FROZEN, SHIPPED, load_make
 from towers.heads import Heads
 from towers.learning.catalog import ProductData
 from towers.learning.encoders import Encoders, no_advance
 from towers.learning.metrics import Scores
 from towers.learning.words import words_of
 from towers.make import Make
-from towers.pretrained import pretrained_make
 from towers.two_towers import TwoTowers, unit
 
 BATCH = 64
@@ -88,13 +87,14 @@ class TrainedHeads:
 def systems_of(towers: TwoTowers, baselines: Mapping[str, Heads]) -> list[System]:
     """BM25, the pretrained text encoder, each of the baselines, and `towers` under "make".
 
-    Baselines stand on the public encoders and ask by the whole text encoder. Where `towers` are a
-    MAKE on the same encoders, every product is encoded once for all of them.
+    Baselines stand on the encoders of the shipped checkpoint, which they were trained on, and ask
+    by the whole text encoder (the public one). Where `towers` are a MAKE on the same encoders,
+    every product is encoded once for all of them.
     """
-    public = pretrained_make()
-    ours = isinstance(towers, Make) and same_encoders(towers, public)
-    encoders = Encoders(towers if ours and isinstance(towers, Make) else public)
-    width, features = public.heads.title_head.width, public.heads.image_head.features
+    shipped = load_make(SHIPPED)
+    ours = isinstance(towers, Make) and same_encoders(towers, shipped)
+    encoders = Encoders(towers if ours and isinstance(towers, Make) else shipped)
+    width, features = shipped.heads.title_head.width, shipped.heads.image_head.features
     untrained = {"pretrained": Heads("title", width, features, 1, width)}
     systems: list[System] = [BM25()]
     for name, heads in (untrained | dict(baselines)).items():

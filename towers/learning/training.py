@@ -1,6 +1,7 @@
 """The heads' training: contrastive, on features that were computed once.
 
-    L = ½ (CE(s q pᵀ) + CE(s p qᵀ))      over a batch, s learned, held negatives taken out
+    L = ½ (CE(s q pᵀ) + CE(s p qᵀ))      over a batch, s learned, negatives that the keywords say
+                                         are none count `held` of one: log(held) is added to them
       + prototypes · CE(s p kᵀ)          each product among all values k of each attribute
       + general · 100 |q_g t_gᵀ − x_g y_gᵀ|² (a mean): other subjects keep their similarities
 
@@ -30,6 +31,7 @@ from towers.two_towers import hash_of_weights, unit
 
 Told = Callable[[int, float], None]
 HOTTEST = 100.0
+NOTHING = 1e-30
 GENERAL_BATCH, GENERAL_SCALE = 256, 100.0
 SMALLEST_BATCH, STEPS = 32, 16
 
@@ -50,7 +52,8 @@ class Recipe:
     blank: float = 0.1
     dropped: float = 0.1
     prototypes: float = 0.5
-    general: float = 0.3
+    general: float = 1.0
+    held: float = 0.135
     neighbours: int = 0
     dropout: float = 0.2
     head_width: int = 384
@@ -207,7 +210,7 @@ class Trainer:
         queries = unit(self.heads.query(self.examples.queries[draw, rows]))
         right = torch.arange(len(rows))
         held = self.keywords.held(draw, rows) & ~torch.eye(len(rows), dtype=torch.bool)
-        scores = (scale * queries @ products.T).masked_fill(held, -1e4)
+        scores = scale * queries @ products.T + held * math.log(max(self.recipe.held, NOTHING))
         loss = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
         if self.recipe.prototypes:
             values = [unit(self.heads.query(v)) for v in self.prototypes.features]
