@@ -1,0 +1,49 @@
+"""What serving costs over one's own process, measured on the real server in a short run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.inflight import Answered
+from benchmarks.limit import shuffled
+from tests.conftest import ROOT
+
+
+def test_rates_are_between_the_first_answer_and_the_last() -> None:
+    answered = Answered(32, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], 200, 0)
+    assert answered.rows_per_s == 32.0
+    assert answered.percentile_ms(50) == pytest.approx(200.0)
+    assert Answered(32, [1.0], [0.1], 32, 0).rows_per_s == 0.0
+
+
+def test_rows_are_asked_in_a_new_order_each_time() -> None:
+    rows = [(str(n).encode(),) for n in range(8)]
+    drawn = shuffled(rows, 0)
+    first, second = ([next(drawn) for _ in rows] for _ in range(2))
+    assert sorted(first) == sorted(second) == rows
+    assert first != second
+
+
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="one core: server and client cannot be kept apart"
+)
+def test_the_command_measures_queries_and_products(release_folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.limit", "--release", str(release_folder)]
+    command += ["--rounds", "1", "--seconds", "0.3", "--product-seconds", "1"]
+    done = subprocess.run(
+        [*command, "--in-flight", "8", "--rows", "4"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert {name: list(ratios) for name, ratios in said.items()} == {
+        "query": ["8"],
+        "request": ["8"],
+        "product": ["4"],
+    }
+    assert all(0.02 < ratio < 5 for ratios in said.values() for ratio in ratios.values())
