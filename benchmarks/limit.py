@@ -1,9 +1,9 @@
 """python -m benchmarks.limit: what serving costs over running the same towers in one's own process.
 
-Alternating rounds on one core: the preprocessing and the graph here, over as many texts at
-a time as there are callers (at most the best number), those of like length together; then the same
-through gRPC, while this process asks from another core. Ratios are medians over rounds. The last
-line is JSON:
+Alternating rounds on one core: preprocessing and graph here, over as many texts at a time as
+there are callers (at most the best number), those of like length together; then the same through
+gRPC, while this process asks from another core. Ratios are medians over rounds. The last line is
+JSON:
 
     {"query": {"1": ratio, …}, "request": {"1": ratio, …}, "product": {"32": ratio, …}}
 
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -56,10 +56,8 @@ Row = tuple[bytes, ...]
 console = Console(stderr=True)
 
 
-class Run(Protocol):
-    """Preprocess and encode some rows."""
-
-    def __call__(self, rows: Sequence[Row]) -> object: ...
+Run = Callable[[Sequence[Row]], object]
+"""Preprocess and encode some rows."""
 
 
 @dataclass(frozen=True)
