@@ -57,9 +57,11 @@ def stubs_of(group: int) -> list[Stub]:
         with contextlib.suppress(OSError):  # it ended meanwhile
             if os.getpgid(int(process.name)) != group:
                 continue
-            program, path, *_ = [*(process / "cmdline").read_bytes().split(b"\0"), b""]
-            if program.endswith(STUB.encode()):  # <repository>/<model>/<version>/model.py
-                found.append(Stub(int(process.name), Path(path.decode()).parts[-3]))
+            program, _, rest = (process / "cmdline").read_bytes().partition(b"\0")
+            # <repository>/<model>/<version>/model.py; one that is starting may have no words yet
+            parts = Path(rest.partition(b"\0")[0].decode()).parts
+            if program.endswith(STUB.encode()) and len(parts) > 2:
+                found.append(Stub(int(process.name), parts[-3]))
     return found
 
 

@@ -22,6 +22,7 @@ from deploy.engines.profiles import check_profiles, profiles_of
 from retrieval_contract import models
 from retrieval_contract.errors import EngineError
 from retrieval_contract.models import PLAN_FILE, Target
+from retrieval_contract.probes import PROBES_FILE
 from retrieval_contract.release import RELEASE_FILE, Release, sha256_of_json
 from retrieval_contract.tensors import Model
 
@@ -164,7 +165,8 @@ def overlay(release: Path, facts: Release, plans: Mapping[str, Path], cache: Pat
     with tempfile.TemporaryDirectory(dir=cache, prefix=".linking-") as name:
         fresh = Path(name) / "new"
         (fresh / REPOSITORY).mkdir(parents=True)
-        (fresh / RELEASE_FILE).symlink_to(release.resolve() / RELEASE_FILE)
+        for file in (RELEASE_FILE, PROBES_FILE):
+            (fresh / file).symlink_to(release.resolve() / file)
         for entry in source.iterdir():
             mine = fresh / REPOSITORY / entry.name
             if entry.name not in plans:
