@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -39,7 +38,7 @@ from deploy.stopping import cpu_seconds
 from retrieval_client.sources import Source
 from retrieval_contract import models
 from retrieval_contract.errors import RetrievalError
-from retrieval_contract.lengths import like_lengths
+from retrieval_contract.graph import OnnxGraph
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from retrieval_contract.release import Release
 from retrieval_contract.tensors import Ensemble, Model
@@ -101,32 +100,22 @@ def pin(group: int, core: int) -> None:
                     os.sched_setaffinity(int(thread.name), {core})
 
 
-def session_of(release: Path, model: Model, version: int) -> Any:
-    """The graph as the local server runs it: ONNX Runtime, one thread, no spinning."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    path = release / "model_repository" / model.name / str(version) / models.ONNX_FILE
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def graph_of(release: Path, model: Model, version: int) -> OnnxGraph:
+    """As the local server runs it, on one thread."""
+    folder = release / "model_repository" / model.name / str(version)
+    return OnnxGraph(folder / models.ONNX_FILE, threads=1)
 
 
 def query_work(folder: Path, release: Release, queries: Sequence[str]) -> Work:
     """Texts → vectors."""
-    session = session_of(folder, models.QUERY_TOWER, release.version)
+    graph = graph_of(folder, models.QUERY_TOWER, release.version)
     preprocess = TextPreprocessor(
         _tokenizer(folder, models.QUERY_TOKENIZER, release), release.query, required=True
     )
 
     def run(rows: Sequence[Row]) -> object:
         batch = preprocess([row[0] for row in rows])
-        lengths = np.maximum(batch.mask.sum(1), 1)
-        for part in like_lengths(lengths):
-            longest = lengths[part[-1]]
-            ids, mask = batch.ids[part, :longest], batch.mask[part, :longest]
-            session.run(None, {models.QUERY_IDS.name: ids, models.QUERY_MASK.name: mask})
-        return None
+        return graph({models.QUERY_IDS.name: batch.ids, models.QUERY_MASK.name: batch.mask})
 
     rows = [(queries[at % len(queries)].encode(),) for at in range(SAMPLE)]
     return Work(models.QUERY_ENCODER, rows, run, best_batch(run, rows))
@@ -134,14 +123,14 @@ def query_work(folder: Path, release: Release, queries: Sequence[str]) -> Work:
 
 def product_work(folder: Path, release: Release, source: Path) -> Work:
     """Title and image file → vectors."""
-    session = session_of(folder, models.PRODUCT_TOWER, release.version)
+    graph = graph_of(folder, models.PRODUCT_TOWER, release.version)
     preprocess = ProductPreprocessor(
         _tokenizer(folder, models.PRODUCT_PREPROCESSOR, release), release.title, release.image
     )
 
     def run(rows: Sequence[Row]) -> object:
         titles, images = zip(*rows, strict=True)
-        return session.run(None, dict(preprocess(titles, images).tensors))
+        return graph(preprocess(titles, images).tensors)
 
     good = (row for row in Source(source).rows() if row.problem is None)
     rows = [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
@@ -154,13 +143,11 @@ def _tokenizer(folder: Path, model: Model, release: Release) -> str:
 
 
 def best_batch(run: Run, rows: Sequence[Row]) -> int:
-    """The one of BATCHES that takes the least time a row."""
-    return max(BATCHES, key=lambda size: median_of(lambda: limit_rate(run, rows, size, 0.3), 3))
-
-
-def median_of(measure: Callable[[], float], times: int) -> float:
-    """Of several measurements."""
-    return statistics.median(measure() for _ in range(times))
+    """The one of BATCHES that takes the least time a row, by medians of three."""
+    return max(
+        BATCHES,
+        key=lambda size: statistics.median(limit_rate(run, rows, size, 0.3) for _ in range(3)),
+    )
 
 
 def limit_rate(run: Run, rows: Sequence[Row], batch: int, seconds: float) -> float:

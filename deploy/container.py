@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.engines.__main__ import find_ready
+from deploy.engines.__main__ import add_missing_flag, find_ready
 from deploy.engines.ready import Missing
 from deploy.stopping import DRAIN_S
 from deploy.versions import TRITON_HOME, check_versions
@@ -39,13 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--release", type=Path, default=Path("/release"))
     top.add_argument("--cache", type=Path, default=Path("/cache"), help="of engines; keep it")
     top.add_argument("--target", choices=[Target.GPU, Target.CPU], default=Target.GPU)
-    top.add_argument(
-        "--missing",
-        choices=list(Missing),
-        default=Missing.WAIT,
-        help="without an engine for this GPU: build it first; serve on the processor and build "
-        "beside; do not start",
-    )
+    add_missing_flag(top)
     top.add_argument("--tag", default=os.environ.get("TRITON_TAG", ""), help="of NVIDIA's image")
     return top
 
@@ -64,8 +58,10 @@ def main() -> None:
         os.execv(command[0], command)
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
-    except OSError as exc:
-        raise SystemExit(f"error: {command[0]}: {exc.strerror}; run this in the image") from exc
+    except OSError as exc:  # no Triton here, or a cache that cannot be written
+        raise SystemExit(
+            f"error: {exc}; run this in the image, with --cache where user {os.getuid()} may write"
+        ) from exc
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def look(home: Path = TRITON_HOME) -> Versions:
         cuda=os.environ.get("CUDA_VERSION", ""),
         tensorrt=_tensorrt(),
         onnxruntime=max((path.name.partition(".so.")[2] for path in runtimes), default=""),
-        driver=_driver(),
+        driver=nvidia_smi("driver_version"),
     )
 
 
@@ -112,13 +112,14 @@ def _tensorrt() -> str:
     return ""
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def nvidia_smi(fields: str) -> str:
+    """The first GPU's line of `nvidia-smi --query-gpu=<fields>`; empty where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
 def bindings_version() -> str:

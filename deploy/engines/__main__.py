@@ -76,6 +76,17 @@ def find_ready(release: Path, cache: Path, missing: Missing) -> Ready:
     return ready
 
 
+def add_missing_flag(command: argparse.ArgumentParser) -> None:
+    """What to do without an engine; see Missing."""
+    command.add_argument(
+        "--missing",
+        choices=list(Missing),
+        default=Missing.WAIT,
+        help="without an engine for this GPU: build it first; serve on the processor and build "
+        "beside; do not start",
+    )
+
+
 def tell(phase: str, done: int, total: int) -> None:
     """A line at the start and at the end of a phase."""
     if done in (0, total):
@@ -98,13 +109,7 @@ def main() -> None:
             command.add_argument("--sm", action="append", help=f"default: {ARCHITECTURES}")
             continue
         command.add_argument("--cache", type=Path, default=ROOT / "build" / "engines")
-        command.add_argument(
-            "--missing",
-            choices=list(Missing),
-            default=Missing.WAIT,
-            help="without an engine for this GPU: build it now; serve on the processor and build "
-            "beside; do not start",
-        )
+        add_missing_flag(command)
     args = parser.parse_args()
     try:
         print(json.dumps(args.run(args)))

@@ -19,6 +19,7 @@ from deploy.engines.builder import Runtime, Told, build, say_nothing
 from deploy.engines.cache import Origin, cached, is_whole
 from deploy.engines.check import graph_of
 from deploy.engines.profiles import check_profiles, profiles_of
+from deploy.versions import nvidia_smi
 from retrieval_contract import models
 from retrieval_contract.errors import EngineError
 from retrieval_contract.models import PLAN_FILE, Target
@@ -60,13 +61,8 @@ class Ready:
 
 def gpu_at_hand() -> Gpu | None:
     """The first GPU that `nvidia-smi` names, with compute capability and driver, or None."""
-    command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return Gpu(lines[0].strip()) if done.returncode == 0 and lines else None
+    name = nvidia_smi("name,compute_cap,driver_version")
+    return Gpu(name) if name else None
 
 
 def origin_of(release: Path, facts: Release, model: Model, runtime: Runtime, gpu: Gpu) -> Origin:

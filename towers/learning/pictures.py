@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from towers.efficientnet_lite import HEAD_CHANNELS, EfficientNetLite0
 from towers.learning.catalog import ProductData
 from towers.learning.encoders import Advance, no_advance
 from towers.learning.queries import is_value
-from towers.learning.training import Told, keep
+from towers.learning.training import Told, keep, warm_cosine
 from towers.learning.words import words_of
 from towers.make import Make
 from towers.two_towers import hash_of_weights
@@ -132,11 +131,7 @@ class PictureTeaching:
         )
         self.batch = min(lesson.batch, len(maps))
         self.steps = len(maps) // self.batch
-        total = self.steps * lesson.epochs
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda n: min(1.0, (n + 1) / (total / 20)) * (1 + math.cos(math.pi * n / total)) / 2,
-        )
+        self.schedule = warm_cosine(self.optimizer, lesson.epochs * self.steps)
         self.epoch = 0
 
     def run(self, path: Path | None = None, told: Told = lambda step, loss: None) -> dict[str, Any]:

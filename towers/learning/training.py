@@ -90,6 +90,14 @@ def keep(path: Path, state: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rates rise for a twentieth of all steps, and fall to nothing as half a cosine."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: min(1.0, (n + 1) / (steps / 20)) * (1 + math.cos(math.pi * n / steps)) / 2,
+    )
+
+
 class Trainer:
     """One run."""
 
@@ -117,11 +125,7 @@ class Trainer:
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
         )
-        total = recipe.epochs * self.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda n: min(1.0, (n + 1) / (total / 20)) * (1 + math.cos(math.pi * n / total)) / 2,
-        )
+        self.schedule = warm_cosine(self.optimizer, recipe.epochs * self.steps)
         self.epoch = 0
 
     def run(self, folder: Path | None = None, told: Told = lambda epoch, loss: None) -> Heads:
