@@ -6,19 +6,21 @@ Only Triton's Python stub imports this file: `triton_python_backend_utils` exist
 from __future__ import annotations
 
 import json
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from retrieval_contract.door import PATIENCE_S, TRAFFIC, Busy, Door, Lane, Refusal
 from retrieval_contract.graph import OnnxGraph
 from retrieval_contract.models import (
     ITEM_STATUS,
     ONNX_FILE,
-    QUERY,
     QUERY_IDS,
     QUERY_MASK,
     QUERY_TOKENIZER,
@@ -50,37 +52,87 @@ def image_spec(args: dict[str, str]) -> ImageSpec:
     return image_spec_from_json(parameter(args, "image"))
 
 
-def execute_merged(
-    requests: Sequence[Any], names: Sequence[str], compute: Callable[..., dict[str, Array]]
-) -> list[Any]:
-    """Run `compute` once over the rows of all requests, and give each request its rows.
+class Behind:
+    """A Python model behind a door (`door.py`): requests are let in at once and answered later.
 
-    `compute` takes one array a name, rows first, and returns outputs by name, rows first.
-    When it fails, each request is run alone, so that only the one at fault gets the error.
+    A subclass says how to `load` itself and how to `compute` one array an input, rows first, into
+    outputs by name, rows first. Whatever waits is computed together, at most the model's largest
+    batch; when that fails, each request is run alone, so that only the one at fault gets the error.
+
+    Responses are sent by a worker thread while `execute` takes further requests in: Python
+    backend 2.51 allows it to models that are not decoupled as well.
     """
-    try:
-        return _merged(requests, names, compute)
-    except Exception as exc:
-        if len(requests) > 1:
-            return [execute_merged([request], names, compute)[0] for request in requests]
-        # The caller gets the cause; where it happened is for the server's log alone.
-        pb_utils.Logger.log_error(traceback.format_exc())
-        return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"cannot run: {exc}"))]
+
+    def load(self, args: dict[str, str]) -> None:
+        """Read what the model needs."""
+        raise NotImplementedError
+
+    def compute(self, *arrays: Array) -> dict[str, Array]:
+        """Arrays in the order of the config's inputs → outputs by name."""
+        raise NotImplementedError
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Called by Triton, once."""
+        config = json.loads(args["model_config"])
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._door: Door[_Asked] = Door(config["max_batch_size"])
+        self.load(args)
+        self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._worker.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Called by Triton: let them in, or refuse them."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                asked = _Asked(sender, _rows(request, self._inputs))
+                self._door.enter(asked, len(asked.arrays[0]), _lane(request), _time_s(request))
+            except Busy as exc:
+                _refuse(sender, Refusal.BUSY, str(exc))
+            except Exception as exc:
+                _send(sender, _failure(exc))
+        self._door.hold()
+
+    def finalize(self) -> None:
+        """Called by Triton when it unloads: who was let in is answered."""
+        self._door.close()
+        self._worker.join()
+
+    def _work(self) -> None:
+        while (batches := self._door.take()) is not None:
+            batch, late = batches
+            replies = self._replies(batch) if batch else []
+            self._door.done()
+            for asked in late:
+                _refuse(asked.sender, Refusal.LATE, "could not be computed in its time")
+            for asked, reply in zip(batch, replies, strict=True):
+                _send(asked.sender, reply)
+
+    def _replies(self, batch: Sequence[_Asked]) -> list[Any]:
+        """One response a request."""
+        try:
+            arrays = map(np.concatenate, zip(*(asked.arrays for asked in batch), strict=True))
+            outputs = self.compute(*arrays)
+            ends = np.cumsum([len(asked.arrays[0]) for asked in batch])[:-1]
+            split = {name: np.split(rows, ends) for name, rows in outputs.items()}
+            return [
+                pb_utils.InferenceResponse(
+                    [pb_utils.Tensor(n, np.ascontiguousarray(p[i])) for n, p in split.items()]
+                )
+                for i in range(len(batch))
+            ]
+        except Exception as exc:
+            if len(batch) > 1:
+                return [self._replies([asked])[0] for asked in batch]
+            return [_failure(exc)]
 
 
-def _merged(
-    requests: Sequence[Any], names: Sequence[str], compute: Callable[..., dict[str, Array]]
-) -> list[Any]:
-    inputs = [_rows(request, names) for request in requests]
-    outputs = compute(*map(np.concatenate, zip(*inputs, strict=True)))
-    ends = np.cumsum([len(arrays[0]) for arrays in inputs])[:-1]
-    split = {name: np.split(rows, ends) for name, rows in outputs.items()}
-    return [
-        pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, np.ascontiguousarray(parts[i])) for name, parts in split.items()]
-        )
-        for i in range(len(requests))
-    ]
+@dataclass(frozen=True)
+class _Asked:
+    """One request that was let in."""
+
+    sender: Any
+    arrays: list[Array]
 
 
 def _rows(request: Any, names: Sequence[str]) -> list[Array]:
@@ -92,32 +144,56 @@ def _rows(request: Any, names: Sequence[str]) -> list[Array]:
     return arrays
 
 
+def _lane(request: Any) -> Lane:
+    """The parameter `traffic`; whoever says nothing waits for an answer."""
+    said = json.loads(request.parameters() or "{}").get(TRAFFIC, Lane.INTERACTIVE)
+    return Lane.BULK if said == Lane.BULK else Lane.INTERACTIVE
+
+
+def _time_s(request: Any) -> float:
+    """The parameter `timeout`, microseconds in KServe's protocol; some time when it is absent."""
+    said: int = request.timeout()
+    return said / 1e6 if said > 0 else PATIENCE_S
+
+
+def _refuse(sender: Any, refusal: Refusal, detail: str) -> None:
+    error = pb_utils.TritonError(f"{refusal}: {detail}", pb_utils.TritonError.UNAVAILABLE)
+    _send(sender, pb_utils.InferenceResponse(error=error))
+
+
+def _failure(exc: Exception) -> Any:
+    # The caller gets the cause; where it happened is for the server's log alone.
+    pb_utils.Logger.log_error("".join(traceback.format_exception(exc)))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"cannot run: {exc}"))
+
+
+def _send(sender: Any, response: Any) -> None:
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
 def strings(rows: Sequence[str]) -> Array:
     """Texts → a BYTES column, object (rows, 1)."""
     return np.array([[row.encode("utf-8", "replace")] for row in rows], np.object_).reshape(-1, 1)
 
 
-class OnnxTower:
+class OnnxTower(Behind):
     """A tower, for servers that have no backend for ONNX."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        """Load the graph beside this model; thread count from the config."""
+    def load(self, args: dict[str, str]) -> None:
+        """The graph beside this model; thread count from the config."""
         threads = parameter(args, "intra_op_threads")
         self.graph = OnnxGraph(version_folder(args) / ONNX_FILE, threads)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One run over the merged batch."""
-        return execute_merged(requests, self.graph.inputs, self._run)
-
-    def _run(self, *arrays: Array) -> dict[str, Array]:
-        return self.graph(dict(zip(self.graph.inputs, arrays, strict=True)))
+    def compute(self, *arrays: Array) -> dict[str, Array]:
+        """One run."""
+        return self.graph(dict(zip(self._inputs, arrays, strict=True)))
 
 
-class OnnxQueryEncoder:
+class OnnxQueryEncoder(Behind):
     """Tokenizer and tower in one process, from the files of the two models that they are."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        """Read the siblings of this model, in its own version."""
+    def load(self, args: dict[str, str]) -> None:
+        """The siblings of this model, in its own version."""
         home = Path(args["model_repository"]).parent
         tokenizer, tower = (
             home / model.name / args["model_version"] for model in (QUERY_TOKENIZER, QUERY_TOWER)
@@ -126,11 +202,9 @@ class OnnxQueryEncoder:
         self.preprocess = TextPreprocessor(text, text_spec(args), required=True)
         self.graph = OnnxGraph(tower / ONNX_FILE, parameter(args, "intra_op_threads"))
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One run over the merged batch."""
-        return execute_merged(requests, [QUERY.name], self._encode)
-
-    def _encode(self, queries: Array) -> dict[str, Array]:
+    def compute(self, *arrays: Array) -> dict[str, Array]:
+        """Texts → vectors and statuses."""
+        (queries,) = arrays
         batch = self.preprocess(queries.reshape(-1).tolist())
         found = self.graph({QUERY_IDS.name: batch.ids, QUERY_MASK.name: batch.mask})
         return found | {ITEM_STATUS.name: strings(batch.status)}

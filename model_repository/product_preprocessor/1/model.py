@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from retrieval_contract.models import TOKENIZER_FILE
+from retrieval_contract.models import ITEM_STATUS, TOKENIZER_FILE
 from retrieval_contract.preprocess import ProductPreprocessor
-from retrieval_contract.serving import (
-    execute_merged,
-    image_spec,
-    strings,
-    text_spec,
-    version_folder,
-)
+from retrieval_contract.serving import Behind, image_spec, strings, text_spec, version_folder
 from retrieval_contract.tensors import Array
 
 
-class TritonPythonModel:
+class TritonPythonModel(Behind):
     """Triton's Python model interface."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def load(self, args: dict[str, str]) -> None:
         tokenizer = (version_folder(args) / TOKENIZER_FILE).read_text("utf-8")
         self.products = ProductPreprocessor(tokenizer, text_spec(args), image_spec(args))
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        return execute_merged(requests, ["title", "image"], self._prepare)
-
-    def _prepare(self, titles: Array, images: Array) -> dict[str, Array]:
-        batch = self.products(titles.reshape(-1).tolist(), images.reshape(-1).tolist())
-        return batch.tensors | {"item_status": strings(batch.status)}
+    def compute(self, *arrays: Array) -> dict[str, Array]:
+        batch = self.products(*(array.reshape(-1).tolist() for array in arrays))
+        return batch.tensors | {ITEM_STATUS.name: strings(batch.status)}

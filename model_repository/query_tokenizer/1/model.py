@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from retrieval_contract.models import TOKENIZER_FILE
+from retrieval_contract.models import ITEM_STATUS, QUERY_IDS, QUERY_MASK, TOKENIZER_FILE
 from retrieval_contract.preprocess import TextPreprocessor
-from retrieval_contract.serving import (
-    execute_merged,
-    strings,
-    text_spec,
-    version_folder,
-)
+from retrieval_contract.serving import Behind, strings, text_spec, version_folder
 from retrieval_contract.tensors import Array
 
 
-class TritonPythonModel:
+class TritonPythonModel(Behind):
     """Triton's Python model interface."""
 
-    def initialize(self, args: dict[str, str]) -> None:
+    def load(self, args: dict[str, str]) -> None:
         tokenizer = (version_folder(args) / TOKENIZER_FILE).read_text("utf-8")
         self.text = TextPreprocessor(tokenizer, text_spec(args), required=True)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        return execute_merged(requests, ["query"], self._tokenize)
-
-    def _tokenize(self, queries: Array) -> dict[str, Array]:
-        batch = self.text(queries.reshape(-1).tolist())
+    def compute(self, *arrays: Array) -> dict[str, Array]:
+        batch = self.text(arrays[0].reshape(-1).tolist())
         return {
-            "query_ids": batch.ids,
-            "query_mask": batch.mask,
-            "item_status": strings(batch.status),
+            QUERY_IDS.name: batch.ids,
+            QUERY_MASK.name: batch.mask,
+            ITEM_STATUS.name: strings(batch.status),
         }
