@@ -10,9 +10,12 @@ RetrievalError
 ├── SourceError              a catalog file that cannot be read
 ├── ItemError                one query or product is bad; the rest of its batch is not
 ├── ServerError              Triton answered with an error
-│   ├── ServerUnavailable    nobody answers, or the server is starting or draining
+│   ├── ServerUnavailable    nobody answers, or the server is starting, or a part of it is dead
+│   │   ├── ServerBusy       full: it could not answer in time; try later
+│   │   └── ServerDraining   it stops, and answers only who was there before
 │   ├── DeadlineExceeded     no answer within the caller's deadline
-│   └── RequestRefused       the request itself is wrong
+│   ├── RequestRefused       the request itself is wrong
+│   └── AccessDenied         this is not open to us
 └── CatalogError             Milvus answered with an error
     └── CatalogUnavailable   nobody answers, or the collection is still loading
 
@@ -96,7 +99,15 @@ class ServerError(RetrievalError):
 
 
 class ServerUnavailable(ServerError):
-    """Nobody answers at the address, or the server is starting or draining."""
+    """Nobody answers at the address, the server is starting, or a part of it is dead."""
+
+
+class ServerBusy(ServerUnavailable):
+    """The server, or our own queue before it, could not answer in time. Try later, not at once."""
+
+
+class ServerDraining(ServerUnavailable):
+    """The server is stopping: another one may answer, this one will not."""
 
 
 class DeadlineExceeded(ServerError):
@@ -105,6 +116,10 @@ class DeadlineExceeded(ServerError):
 
 class RequestRefused(ServerError):
     """The server says that the request itself is wrong."""
+
+
+class AccessDenied(ServerError):
+    """What was asked for is closed to us, or wants a key."""
 
 
 class CatalogError(RetrievalError):

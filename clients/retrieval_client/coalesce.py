@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from retrieval_client.deadline import Deadline
-from retrieval_contract.errors import DeadlineExceeded, RetrievalError
+from retrieval_contract.door import SHARE, Pace
+from retrieval_contract.errors import DeadlineExceeded, RetrievalError, ServerBusy
 
 GATHER_STEP_S, GATHER_S = 0.5e-3, 10e-3
 """A request that follows a shared one is held for steps in which somebody came, so long at most."""
@@ -67,7 +68,10 @@ class Coalescer(Generic[Item, Results]):
     def __init__(self, send: Callable[[list[Item], Deadline], Results], most: int) -> None:
         self._send, self._most = send, most
         self._under_way = 0
+        self._pace, self._last_answer = Pace(), 0.0
         self._waiting: deque[_Call[Item, Results]] = deque()
+        self._ahead = 0
+        """Items of those who wait."""
         self._lock = threading.Lock()
         self._shared = False
         """Whether the last request had several callers."""
@@ -75,12 +79,15 @@ class Coalescer(Generic[Item, Results]):
     def __call__(self, items: Sequence[Item], deadline: Deadline) -> Results:
         """Results of these items, at most `most`; raises what `send` raises, or DeadlineExceeded.
 
+        Raises ServerBusy when those who wait would take more than its SHARE of the deadline.
         A request that fails fails for all its callers, but one that took too long for the most
         impatient of them is sent again for those who have time.
         """
         call: _Call[Item, Results] = _Call(items, deadline)
         with self._lock:
+            self._refuse_beyond(deadline)
             self._waiting.append(call)
+            self._ahead += len(items)
             self._appoint()
         while not call.done:
             if not call.turn.acquire(timeout=deadline.left_s):
@@ -90,6 +97,14 @@ class Coalescer(Generic[Item, Results]):
         if call.results is None:
             raise call.error or RetrievalError("neither answered nor failed")
         return call.results
+
+    def _refuse_beyond(self, deadline: Deadline) -> None:
+        wait = self._ahead * self._pace.seconds_per_row
+        if wait > deadline.left_s * SHARE:
+            raise ServerBusy(
+                f"expected an answer within {deadline.seconds} s, got {self._ahead} texts of this client "
+                f"ahead, which take {wait:.3g} s; try again later, or serve with more"
+            )
 
     def _appoint(self) -> None:
         """Let the oldest caller lead, where a request may go out; under the lock."""
@@ -106,6 +121,7 @@ class Coalescer(Generic[Item, Results]):
                 return
             if call in self._waiting:
                 self._waiting.remove(call)
+                self._ahead -= len(call.items)
             call.error = _too_late(call)
 
     def _lead(self, mine: _Call[Item, Results]) -> None:
@@ -115,10 +131,11 @@ class Coalescer(Generic[Item, Results]):
         with self._lock:
             batch = self._take()
             self._shared = len(batch) > 1
+        items = [item for call in batch for item in call.items]
+        began, start = time.monotonic(), 0
         try:
-            deadline = min((call.deadline for call in batch), key=lambda d: d.left_s)
-            results = self._send([item for call in batch for item in call.items], deadline)
-            start = 0
+            results = self._send(items, min((call.deadline for call in batch), key=_left_s))
+            self._count(len(items), began)
             for call in batch:
                 call.results = results[start : start + len(call.items)]
                 start += len(call.items)
@@ -135,6 +152,13 @@ class Coalescer(Generic[Item, Results]):
         finally:
             self._hand_on(batch, mine)
 
+    def _count(self, rows: int, began: float) -> None:
+        """Two requests that overlap are as fast as their answers follow each other."""
+        with self._lock:
+            now = time.monotonic()
+            self._pace.took(rows, now - max(began, self._last_answer))
+            self._last_answer = now
+
     def _gather(self) -> None:
         """While callers keep coming there is nothing to be lost."""
         end, before = time.monotonic() + GATHER_S, 0
@@ -147,6 +171,7 @@ class Coalescer(Generic[Item, Results]):
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
             batch.append(self._waiting.popleft())
             count += len(batch[-1].items)
+        self._ahead -= count
         return batch
 
     def _hand_on(self, batch: list[_Call[Item, Results]], mine: _Call[Item, Results]) -> None:
@@ -156,10 +181,15 @@ class Coalescer(Generic[Item, Results]):
             for call in reversed(batch):
                 if not call.done:
                     self._waiting.appendleft(call)
+                    self._ahead += len(call.items)
             self._appoint()
             for call in batch:
                 if call.done and call is not mine:
                     call.turn.release()
+
+
+def _left_s(deadline: Deadline) -> float:
+    return deadline.left_s
 
 
 def _too_late(call: _Call[Item, Results]) -> DeadlineExceeded:

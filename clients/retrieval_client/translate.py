@@ -1,19 +1,27 @@
-"""The one place where gRPC's and Milvus's errors become ours. By status code, never by text."""
+"""The one place where gRPC's and Milvus's errors become ours.
+
+By status code; by text only where Triton has one code for different things.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
 from pymilvus.exceptions import MilvusException
 
+from retrieval_contract.door import Refusal
 from retrieval_contract.errors import (
+    AccessDenied,
     CatalogError,
     CatalogUnavailable,
     DeadlineExceeded,
     RequestRefused,
     RetrievalError,
+    ServerBusy,
+    ServerDraining,
     ServerError,
     ServerUnavailable,
 )
@@ -26,7 +34,18 @@ TRITON = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestRefused,
 }
+# UNAVAILABLE and INTERNAL of Triton 2.51, which say these things by text alone; the first words of
+# `door.py`'s refusals, which an ensemble puts its name before.
+TEXTS = (
+    (re.compile(rf"(^|, )({'|'.join(Refusal)}): |maximum queue size"), ServerBusy),
+    (re.compile("Server is stopping|no available versions"), ServerDraining),
+    (re.compile("protocol is restricted"), AccessDenied),
+    (re.compile("Stub process .* is not healthy"), ServerUnavailable),
+)
 NEXT_STEP = {
+    ServerBusy: "try again later, or serve with more",
+    ServerDraining: "ask another replica, or wait until it is back",
+    AccessDenied: "give the key that the server was started with",
     ServerUnavailable: "start it with `make serve`, or give --triton",
     DeadlineExceeded: "the server is overloaded or hung; raise the deadline or look at its log",
 }
@@ -44,6 +63,9 @@ def triton_errors(address: str, what: str) -> Iterator[None]:
         yield
     except grpc.RpcError as exc:
         kind = TRITON.get(exc.code(), ServerError)
+        if kind in (ServerUnavailable, ServerError):
+            said = exc.details() or ""
+            kind = next((named for text, named in TEXTS if text.search(said)), kind)
         step = f"; {NEXT_STEP[kind]}" if kind in NEXT_STEP else ""
         raise kind(f"Triton at {address}, {what}: {exc.details()}{step}") from exc
 

@@ -1,0 +1,275 @@
+"""python -m benchmarks.overload: past the load that a server can carry, and search beside ingestion.
+
+Three questions, asked through the client library as applications use it, latencies counted from when
+a call was due:
+
+* overload: callers come at three times the rate that the server can answer. How many are answered in
+  their time, against that rate; is everybody else refused, and how soon?
+* stalls: bursts and steady load. How many calls take longer than STALL_S?
+* bulk: searches at a steady rate, alone and while a push saturates the server. Their p99?
+
+The last line is one JSON object with a key for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.inflight import keep_calling
+from benchmarks.workload import built_in_queries, queries_from_csv
+from deploy.local import LATEST, Server, triton
+from deploy.rendered.catalog import write_rendered_catalog
+from retrieval_client.encoder import Encoder
+from retrieval_client.sources import Source
+from retrieval_contract.errors import RetrievalError
+
+DEADLINE_S = 0.5
+OFFERED = 3.0
+"""Times the capacity."""
+CALLERS = 128
+"""Of the closed loop that measures the capacity."""
+STALL_S = 0.4
+BURST, PAUSE_S = 10, 0.02
+STEADY = 0.5
+"""Of the capacity, where nothing should ever wait."""
+BULK_ROWS, BULK_IN_FLIGHT = 32, 4
+THREADS = 2048
+SLACK_S = 0.05
+"""What a call may take beyond its deadline before it counts as hanging: the clock of a busy machine."""
+
+ANSWERED = "answered"
+console = Console(stderr=True)
+
+
+@dataclass
+class Calls:
+    """What became of each call, by the name of its error, and its seconds since it was due."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    lateness_s: float = 0.0
+    """Of the generator itself, at worst."""
+
+    def add(self, outcome: str, seconds: float) -> None:
+        """One call; several threads may add at once."""
+        self.seconds.setdefault(outcome, []).append(seconds)
+
+    @property
+    def all(self) -> list[float]:
+        """Seconds of all calls."""
+        return list(itertools.chain.from_iterable(self.seconds.values()))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Calls by outcome."""
+        return dict(Counter({name: len(found) for name, found in self.seconds.items()}))
+
+    def percentile_ms(self, percent: float, outcome: str = ANSWERED) -> float:
+        """Infinite when there was none."""
+        found = self.seconds.get(outcome)
+        return float(np.percentile(found, percent)) * 1e3 if found else float("inf")
+
+
+def call(encoder: Encoder, text: str, due: float, deadline_s: float, calls: Calls) -> None:
+    """One search's text; its time began when it was due."""
+    try:
+        left = max(deadline_s - (time.perf_counter() - due), 1e-3)
+        encoder.encode_queries([text], timeout_s=left).vector(0)
+        outcome = ANSWERED
+    except RetrievalError as exc:
+        outcome = type(exc).__name__
+    calls.add(outcome, time.perf_counter() - due)
+
+
+def offer(
+    encoder: Encoder,
+    texts: Sequence[str],
+    rate: float,
+    seconds: float,
+    deadline_s: float = DEADLINE_S,
+    seed: int = 0,
+) -> Calls:
+    """Poisson arrivals at `rate` a second, whatever became of those before."""
+    rng, calls, drawn = random.Random(seed), Calls(), itertools.cycle(texts)
+    with ThreadPoolExecutor(THREADS) as pool:
+        start = due = time.perf_counter()
+        while (due := due + rng.expovariate(rate)) < start + seconds:
+            if (early := due - time.perf_counter()) > 0:
+                time.sleep(early)
+            calls.lateness_s = max(calls.lateness_s, -early)
+            pool.submit(call, encoder, next(drawn), due, deadline_s, calls)
+    return calls
+
+
+def bursts(encoder: Encoder, texts: Sequence[str], count: int) -> Calls:
+    """So many at once, a pause, and again."""
+    calls = Calls()
+    with ThreadPoolExecutor(BURST) as pool:
+        for _ in range(count // BURST):
+            due = time.perf_counter()
+            list(
+                pool.map(lambda text: call(encoder, text, due, 5.0, calls), texts[:BURST])  # noqa: B023
+            )
+            time.sleep(PAUSE_S)
+    return calls
+
+
+def capacity(server: Server, texts: Sequence[str], seconds: float) -> float:
+    """Answers a second to callers who wait for each answer."""
+    rows = itertools.cycle([(text.encode(),) for text in texts])
+    return keep_calling(server, rows, CALLERS, seconds).rows_per_s
+
+
+@contextmanager
+def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[Callable[[], int]]:
+    """An ingestion that keeps the server's product side full; gives the count of what went in."""
+    over, pushed = threading.Event(), itertools.count()
+
+    def push() -> None:
+        drawn = itertools.cycle(products)
+        while not over.is_set():
+            titles, images = zip(*itertools.islice(drawn, BULK_ROWS), strict=True)
+            encoder.encode_products(titles, images, timeout_s=120)
+            for _ in titles:
+                next(pushed)
+
+    with Encoder(server.settings) as encoder, ThreadPoolExecutor(BULK_IN_FLIGHT) as pool:
+        for _ in range(BULK_IN_FLIGHT):
+            pool.submit(push)
+        time.sleep(1)
+        try:
+            yield lambda: next(pushed)
+        finally:
+            over.set()
+
+
+def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, object]:
+    """Three times what it can carry."""
+    rates = [capacity(server, texts, 2.0)]
+    with Encoder(server.settings) as encoder:
+        offer(encoder, texts, rates[0] * STEADY, 1.0)
+        calls = offer(encoder, texts, rates[0] * OFFERED, seconds)
+    rates.append(capacity(server, texts, 2.0))
+    show("overload", calls)
+    good = len(calls.seconds.get(ANSWERED, []))
+    hanging = sum(took > DEADLINE_S + SLACK_S for took in calls.all)
+    return {
+        "trials": len(calls.all),
+        "goodput": round(good / seconds / statistics.mean(rates), 3),
+        "outcomes": calls.counts,
+        "hanging": hanging,
+        "refused_p99_ms": round(calls.percentile_ms(99, "ServerBusy"), 1),
+        "lateness_ms": round(calls.lateness_s * 1e3, 1),
+    }
+
+
+def stalls(server: Server, texts: Sequence[str], count: int) -> dict[str, object]:
+    """Half of the calls in bursts, half at a steady rate."""
+    with Encoder(server.settings) as encoder:
+        rate = capacity(server, texts, 1.0) * STEADY
+        found = [
+            bursts(encoder, texts, count // 2),
+            offer(encoder, texts, rate, count / 2 / rate, 5.0),
+        ]
+    for name, calls in zip(("bursts", "steady"), found, strict=True):
+        show(name, calls)
+    took = [s for calls in found for s in calls.all]
+    return {"trials": len(took), "stalled": sum(s > STALL_S for s in took)}
+
+
+def beside_bulk(
+    server: Server,
+    texts: Sequence[str],
+    products: Sequence[tuple[str, bytes]],
+    rate: float,
+    seconds: float,
+) -> dict[str, object]:
+    """Search alone, and beside a push, in turns."""
+    alone, beside, pushed = [], [], 0
+    with Encoder(server.settings) as encoder:
+        for seed in range(3):
+            alone.append(offer(encoder, texts, rate, seconds / 3, 5.0, seed))
+            with pushing(server, products) as count:
+                beside.append(offer(encoder, texts, rate, seconds / 3, 5.0, seed))
+                pushed += count()
+    for name, found in (("search alone", alone), ("search beside a push", beside)):
+        show(name, *found)
+    p99 = [statistics.median(calls.percentile_ms(99) for calls in f) for f in (alone, beside)]
+    failed = sum(len(c.all) - len(c.seconds.get(ANSWERED, [])) for c in alone + beside)
+    return {
+        "trials": sum(len(calls.all) for calls in beside),
+        "failed": failed,
+        "p99_ratio": round(p99[1] / p99[0], 2),
+        "pushed": pushed,
+    }
+
+
+def show(name: str, *found: Calls) -> None:
+    """One row an outcome."""
+    table = Table(title=name)
+    for column in ("outcome", "calls", "p50 ms", "p99 ms", "max ms"):
+        table.add_column(column, justify="right")
+    for outcome in sorted({outcome for calls in found for outcome in calls.seconds}):
+        took = [s * 1e3 for calls in found for s in calls.seconds.get(outcome, [])]
+        marks = [*np.percentile(took, [50, 99]), max(took)]
+        table.add_row(outcome, str(len(took)), *(f"{mark:.1f}" for mark in marks))
+    console.print(table)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
+    top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
+    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
+    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
+    top.add_argument("--seconds", type=float, default=60.0, help="of overload")
+    top.add_argument("--calls", type=int, default=5000, help="in bursts and at a steady rate")
+    top.add_argument("--bulk-seconds", type=float, default=30.0)
+    top.add_argument(
+        "--bulk-rate", type=float, default=50.0, help="searches a second beside a push"
+    )
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """All three on one server."""
+    texts = queries_from_csv(args.queries) if args.queries else built_in_queries()
+    source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
+    good = (row for row in Source(source).rows() if row.problem is None)
+    products = [(row.title.decode(), row.image) for row in itertools.islice(good, 256)]
+    log_path = Path("build") / "overload.log"
+    with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
+        return {
+            "overload": overload(server, texts, args.seconds),
+            "stalls": stalls(server, texts, args.calls),
+            "bulk": beside_bulk(server, texts, products, args.bulk_rate, args.bulk_seconds),
+        }
+
+
+def main() -> None:
+    """Command line."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "0"
+    try:
+        print(json.dumps(run(parser().parse_args())))
+    except RetrievalError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()
