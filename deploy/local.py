@@ -102,11 +102,10 @@ def main() -> None:
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
         ) as server:
             _announce(server)
-            with supervised(server, args.hung_s):
+            with supervised(server, args.hung_s) as supervisor:
                 if args.run:
                     raise SystemExit(_run_beside(server, args.run))
-                code = server.process.wait()
-            raise DeployError(f"Triton exited by itself with code {code}; see its log above")
+                supervisor.wait()
     except Stopped as exc:
         print("stopped", file=sys.stderr)
         if args.run:  # its caller must not take it for done
@@ -116,20 +115,19 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def supervised(server: Server, hung_s: float) -> Iterator[None]:
-    """While the block runs, models that die or hang are loaded again."""
-    supervisor = Supervisor(
-        server.process,
-        server.settings,
-        server.control_key,
-        lambda line: print(f"supervisor: {line}", file=sys.stderr, flush=True),
-        hung_s,
-    )
+def supervised(server: Server, hung_s: float) -> Iterator[Supervisor]:
+    """While the block runs, what dies or hangs is started again."""
+    supervisor = Supervisor(server.instance, say, hung_s)
     supervisor.start()
     try:
-        yield
+        yield supervisor
     finally:
         supervisor.stop()
+
+
+def say(line: str) -> None:
+    """To our log, beside the server's."""
+    print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
 def tls_of(args: argparse.Namespace) -> Tls | None:
