@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from deploy.local import Server
+from deploy.server import Server
 from retrieval_client.channel import channel_to
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings

@@ -32,8 +32,8 @@ from rich.table import Table
 
 from benchmarks.inflight import Answered, keep_calling, keep_in_flight
 from benchmarks.workload import built_in_queries, queries_from_csv
-from deploy.local import LATEST, Server, triton
 from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import LATEST, Server, triton
 from deploy.stopping import cpu_seconds
 from retrieval_client.sources import Source
 from retrieval_contract import models

@@ -21,8 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from deploy.local import LATEST, ROOT, SERVER_PYTHON, Server, triton
 from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import LATEST, Server, triton
+from deploy.wheel import ROOT, SERVER_PYTHON
 from retrieval_client import Hit, ProductSearch, Settings
 from retrieval_client.picture import draw_results
 from retrieval_client.push import MAX_TITLE_CHARS, Push, PushReport

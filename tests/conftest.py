@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from deploy import local
 from deploy.demo import REAL_CATALOG
+from deploy.server import Server
+from deploy.server import triton as start_triton
 from export.publish import publish
 from retrieval_client import Catalog, Encoder, ProductRow, Settings
 from retrieval_contract.release import Release
@@ -79,17 +80,15 @@ def release(release_folder: Path) -> Release:
 
 
 @pytest.fixture(scope="session")
-def triton(
-    release_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[local.Server]:
+def triton(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The real Triton over the release; its log is kept beside the other test files."""
     log_path = tmp_path_factory.mktemp("triton") / "server.log"
-    with log_path.open("w") as log, local.triton(release_folder, log=log) as server:
+    with log_path.open("w") as log, start_triton(release_folder, log=log) as server:
         yield server
 
 
 @pytest.fixture
-def settings(triton: local.Server, tmp_path: Path) -> Settings:
+def settings(triton: Server, tmp_path: Path) -> Settings:
     """Settings for the running server and an empty catalog of its own."""
     return Settings(triton=triton.grpc_address, milvus=str(tmp_path / "catalog.db"), retry_s=5.0)
 

@@ -15,7 +15,7 @@ import numpy as np
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from deploy import local
+from deploy.server import Server
 from retrieval_client.channel import CHANNEL_OPTIONS
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 class Wire:
     """A running server's gRPC: whatever bytes and shapes the tests make up go out as they are."""
 
-    def __init__(self, server: local.Server) -> None:
+    def __init__(self, server: Server) -> None:
         self.release = server.release
         self.channel = grpc.insecure_channel(server.grpc_address, options=CHANNEL_OPTIONS)
         self._stub = GRPCInferenceServiceStub(self.channel)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-from deploy import local
+from deploy.server import Server, triton
 from tests.conftest import photo
 from tests.hostile import SERVED, Wire, prefixed
 from tests.test_bad_wire import CODE, HARMLESS, REFUSED, TOKENS, lie, product, query, tower
@@ -27,7 +27,7 @@ TEXTS = [f"{WORDS[i % 5]} {i}".encode() for i in range(16)]
 
 
 @pytest.fixture(scope="module")
-def wire(triton: local.Server) -> Iterator[Wire]:
+def wire(triton: Server) -> Iterator[Wire]:
     with Wire(triton) as connected:
         yield connected
 
@@ -89,11 +89,11 @@ class KnownFault(Exception):
 
 
 @contextlib.contextmanager
-def doomed_server(release_folder: Path, folder: Path) -> Iterator[tuple[local.Server, Wire]]:
+def doomed_server(release_folder: Path, folder: Path) -> Iterator[tuple[Server, Wire]]:
     """A server for one test to harm; it has answered through both ensembles."""
     with (
         (folder / "server.log").open("w") as log,
-        local.triton(release_folder, log=log) as server,
+        triton(release_folder, log=log) as server,
         Wire(server) as connected,
     ):
         connected.health()
@@ -102,7 +102,7 @@ def doomed_server(release_folder: Path, folder: Path) -> Iterator[tuple[local.Se
 
 
 @pytest.fixture
-def doomed(release_folder: Path, tmp_path: Path) -> Iterator[tuple[local.Server, Wire]]:
+def doomed(release_folder: Path, tmp_path: Path) -> Iterator[tuple[Server, Wire]]:
     with doomed_server(release_folder, tmp_path) as harmed:
         yield harmed
 
@@ -138,7 +138,7 @@ def test_a_lying_length_fails_alone(lied_to: Counter[str]) -> None:
     raises=KnownFault,
     reason="Triton 2.51 multiplies dims without a check: 2^62 INT32 are 0 bytes, and the stub dies",
 )
-def test_a_tower_survives_a_shape_that_overflows(doomed: tuple[local.Server, Wire]) -> None:
+def test_a_tower_survives_a_shape_that_overflows(doomed: tuple[Server, Wire]) -> None:
     """Through the tower's own name; the ensembles' inputs have no free dim."""
     server, wire = doomed
     with pytest.raises(grpc.RpcError):
@@ -158,7 +158,7 @@ def test_a_tower_survives_a_shape_that_overflows(doomed: tuple[local.Server, Wir
     reason="Triton 2.51 divides by the element size of BYTES, which is 0, and dies of SIGFPE",
 )
 def test_the_server_survives_classification_of_a_text_output(
-    doomed: tuple[local.Server, Wire],
+    doomed: tuple[Server, Wire],
 ) -> None:
     """One request to any model with a BYTES output ends the whole server."""
     server, wire = doomed

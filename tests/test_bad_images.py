@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy import local
+from deploy.server import Server
 from retrieval_contract.errors import Reason
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES, ImagePreprocessor
 from retrieval_contract.release import ImageSpec
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], Reason]] = {
 
 
 @pytest.fixture(scope="module")
-def wire(triton: local.Server) -> Iterator[Wire]:
+def wire(triton: Server) -> Iterator[Wire]:
     with Wire(triton) as connected:
         yield connected
 
@@ -281,9 +281,7 @@ def big(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", BIG)
-def test_8000_by_8000_is_served_in_bounded_memory(
-    wire: Wire, triton: local.Server, name: str
-) -> None:
+def test_8000_by_8000_is_served_in_bounded_memory(wire: Wire, triton: Server, name: str) -> None:
     make, megabytes = BIG[name]
     file, small = make(), file_of(Image.new("RGB", (80, 80), (200, 30, 40)), "PNG")
     started = time.perf_counter()
@@ -297,7 +295,7 @@ def test_8000_by_8000_is_served_in_bounded_memory(
 
 
 @pytest.mark.parametrize("name", ["bomb_50000x50000", "9000x9000", "text_chunk_bomb"])
-def test_a_bomb_costs_no_memory(wire: Wire, triton: local.Server, name: str) -> None:
+def test_a_bomb_costs_no_memory(wire: Wire, triton: Server, name: str) -> None:
     make, reason = REFUSED[name]
     file = make()
     assert len(file) < 110_000

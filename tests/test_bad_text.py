@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy import local
+from deploy.server import Server
 from retrieval_client import Encoder
 from retrieval_contract.errors import ItemError, Reason
 from retrieval_contract.preprocess import TextPreprocessor
@@ -55,7 +55,7 @@ QUERIES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.fixture(scope="module")
-def wire(triton: local.Server) -> Iterator[Wire]:
+def wire(triton: Server) -> Iterator[Wire]:
     with Wire(triton) as connected:
         yield connected
 

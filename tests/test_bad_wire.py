@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
-from deploy import local
+from deploy.server import Server
 from retrieval_client.wire import bytes_from_contents, request_from_rows
 from retrieval_contract import models
 from retrieval_contract.errors import ServerError
@@ -177,7 +177,7 @@ HARMLESS: dict[str, tuple[ModelInferRequest, dict[str, list[int]]]] = {
 
 
 @pytest.fixture(scope="module")
-def wire(triton: local.Server) -> Iterator[Wire]:
+def wire(triton: Server) -> Iterator[Wire]:
     with Wire(triton) as connected:
         yield connected
 

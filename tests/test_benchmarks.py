@@ -36,7 +36,7 @@ from benchmarks.workload import (
     queries_from_csv,
     zipf_weights,
 )
-from deploy import local
+from deploy.server import LOOPBACK, Server, choose_ports
 from retrieval_client import Settings
 from retrieval_contract import models
 from retrieval_contract.errors import ServerError, SourceError
@@ -190,9 +190,7 @@ def test_the_raw_log_comes_back(tmp_path: Path) -> None:
 
 
 # ── real loads ───────────────────────────────────────────────────────────────────────────
-def test_a_short_load_on_the_real_server(
-    triton: local.Server, release: Release, tmp_path: Path
-) -> None:
+def test_a_short_load_on_the_real_server(triton: Server, release: Release, tmp_path: Path) -> None:
     run = bench(tmp_path, "--triton", triton.grpc_address, "--users", "2", "--seconds", "4")
     found = verdict(run)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -215,8 +213,8 @@ def test_a_short_load_on_the_real_server(
 
 def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
     started = time.perf_counter()
-    port = local.choose_ports(local.LOOPBACK).grpc
-    run = bench(tmp_path, "--triton", f"{local.LOOPBACK}:{port}")
+    port = choose_ports(LOOPBACK).grpc
+    run = bench(tmp_path, "--triton", f"{LOOPBACK}:{port}")
     assert run.returncode == 1
     assert run.stderr.startswith("error: Triton at 127.0.0.1:")
     assert "start it with `make serve`" in run.stderr
@@ -264,7 +262,7 @@ def test_a_locust_that_does_not_end_is_killed(
     monkeypatch.setattr(cli, "START_AND_EXIT_S", 1 - cli.WARMUP_S - 20 - cli.SETTLE_S - 5)
     args = cli.parser().parse_args(["--seconds", "20", "--timeout-s", "5"])
     with pytest.raises(ServerError, match="locust did not end in 1 s"):
-        cli.run_locust(args, Settings(triton=f"{local.LOOPBACK}:9", timeout_s=5), tmp_path)
+        cli.run_locust(args, Settings(triton=f"{LOOPBACK}:9", timeout_s=5), tmp_path)
 
 
 # ── a server that misbehaves, which the real one cannot be made to do ────────────────────
@@ -304,10 +302,10 @@ def misbehaving(reply_to: Callable[[int], pb.ModelInferResponse]) -> Iterator[st
     """Its address, until the block ends."""
     server = grpc.server(ThreadPoolExecutor(64))
     add_GRPCInferenceServiceServicer_to_server(Misbehaving(reply_to), server)
-    port = server.add_insecure_port(f"{local.LOOPBACK}:0")
+    port = server.add_insecure_port(f"{LOOPBACK}:0")
     server.start()
     try:
-        yield f"{local.LOOPBACK}:{port}"
+        yield f"{LOOPBACK}:{port}"
     finally:
         server.stop(grace=None).wait()
 

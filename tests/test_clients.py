@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from deploy import local
+from deploy.server import triton
 from retrieval_client import Catalog, Encoder, ProductSearch, RetrievalError, Settings
 from retrieval_client.push import Push, PushReport
 from retrieval_client.sources import Source, SourceRow
@@ -216,7 +216,7 @@ def test_a_server_that_comes_back_is_waited_for(
 ) -> None:
     """Triton is restarted in the middle of a push; the push goes on and every row arrives."""
     log = (tmp_path / "log").open("w")
-    with local.triton(release_folder, log=log) as server:
+    with triton(release_folder, log=log) as server:
         ports = server.ports
         patient = settings.override(triton=server.grpc_address, retry_s=60.0)
         rows = iter(good_rows(600))
@@ -228,7 +228,7 @@ def test_a_server_that_comes_back_is_waited_for(
                     if number == 550:
                         server.process.kill()
                         server.process.wait()
-                        restart.enter_context(local.triton(release_folder, ports=ports, log=log))
+                        restart.enter_context(triton(release_folder, ports=ports, log=log))
                     yield row
 
             from contextlib import ExitStack

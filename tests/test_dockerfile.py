@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import local
+from deploy.server import LOOPBACK, Server, choose_ports
 from deploy.versions import TABLE
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
@@ -219,7 +219,7 @@ def health_check(by: Curl, http_port: int, replace: tuple[str, str] = ("", "")) 
 
 
 @pytest.mark.parametrize("by", CURLS)
-def test_the_health_check_infers_through_both_ensembles(triton: local.Server, by: Curl) -> None:
+def test_the_health_check_infers_through_both_ensembles(triton: Server, by: Curl) -> None:
     def inferences() -> dict[str, int]:
         url = f"http://{triton.host}:{triton.ports.http}/v2/models/stats"
         stats = json.loads(urllib.request.urlopen(url, timeout=10).read())
@@ -238,7 +238,7 @@ def test_the_health_check_infers_through_both_ensembles(triton: local.Server, by
 @pytest.mark.parametrize("broken", ["query_encoder", "product_encoder"])
 @pytest.mark.parametrize("by", CURLS)
 def test_the_health_check_fails_when_one_ensemble_does(
-    triton: local.Server, by: Curl, broken: str
+    triton: Server, by: Curl, broken: str
 ) -> None:
     """A model that the server does not have answers like one that has died: with an error."""
     sick = (f"models/{broken}/", "models/dead/")
@@ -247,4 +247,4 @@ def test_the_health_check_fails_when_one_ensemble_does(
 
 @pytest.mark.parametrize("by", CURLS)
 def test_the_health_check_fails_when_nobody_answers(by: Curl) -> None:
-    assert health_check(by, local.choose_ports(local.LOOPBACK).http) == 7
+    assert health_check(by, choose_ports(LOOPBACK).http) == 7

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy import demo, local
+from deploy import demo
 from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import LOOPBACK, Server, choose_ports
 from retrieval_client import Catalog, Encoder, ProductSearch, Settings
 from retrieval_client.push import Push
 from retrieval_client.sources import Source
@@ -98,7 +99,7 @@ def test_the_demo_takes_any_catalog_and_ends_with_json(
     assert (out / "triton.log").exists()
 
 
-def test_the_demo_refuses_row_by_row(triton: local.Server, tmp_path: Path) -> None:
+def test_the_demo_refuses_row_by_row(triton: Server, tmp_path: Path) -> None:
     rows = [{"id": f"p{i}", "title": title} for i, title in enumerate(TITLES)]
     bad = [
         {"id": "p0", "title": "the id of another"},
@@ -117,7 +118,7 @@ def test_the_demo_refuses_row_by_row(triton: local.Server, tmp_path: Path) -> No
     assert (tmp_path / "results.png").exists()
 
 
-def test_the_demo_says_when_nothing_was_stored(triton: local.Server, tmp_path: Path) -> None:
+def test_the_demo_says_when_nothing_was_stored(triton: Server, tmp_path: Path) -> None:
     (tmp_path / "no-picture.jpg").write_text("words")
     with pytest.raises(DeployError, match="of 1 rows 0 were stored and 1 refused"):
         demo.demo(triton, Source(tmp_path), frozenset({0}), ["shoes"], tmp_path / "out")
@@ -259,10 +260,10 @@ def test_a_catalog_that_does_not_match_is_refused(
 def test_a_push_without_a_server_leaves_the_catalog_alone(
     settings: Settings, release: Release, one_title: Path
 ) -> None:
-    port = local.choose_ports(local.LOOPBACK).grpc
-    away = settings.override(triton=f"{local.LOOPBACK}:{port}")
+    port = choose_ports(LOOPBACK).grpc
+    away = settings.override(triton=f"{LOOPBACK}:{port}")
     line = error_of(retrieval(away, "push", one_title, "--retry-s", "1"))
-    assert f"Triton at {local.LOOPBACK}:{port}" in line
+    assert f"Triton at {LOOPBACK}:{port}" in line
     assert "start it with `make serve`" in line
     assert not Path(settings.milvus).exists()
     seed(settings, release.release_id, release.vector_dim)

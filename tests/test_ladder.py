@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deploy import local
 from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import Server
 from export.culprits import read_islands
 from export.ladder import (
     Found,
@@ -185,7 +185,7 @@ def test_the_page_marks_what_is_past_its_budget(
     assert "sixty &lt;products&gt;" in text
 
 
-def test_what_is_served_is_the_last_rung(triton: local.Server, data: Path, tmp_path: Path) -> None:
+def test_what_is_served_is_the_last_rung(triton: Server, data: Path, tmp_path: Path) -> None:
     """The shipped towers through the real server, to the same vectors as torch's."""
     from towers.checkpoint import SHIPPED, load_towers
 
@@ -200,7 +200,7 @@ def test_what_is_served_is_the_last_rung(triton: local.Server, data: Path, tmp_p
     assert (tmp_path / "parity.html").is_file()
 
 
-def test_a_server_of_other_weights_is_no_rung(triton: local.Server, data: Path) -> None:
+def test_a_server_of_other_weights_is_no_rung(triton: Server, data: Path) -> None:
     with pytest.raises(ReleaseMismatch, match="build and serve this checkpoint"):
         list(rungs_of(TOWERS, triton.grpc_address))
 

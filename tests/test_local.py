@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy import local, stopping
-from deploy.wheel import find_wheel
+from deploy import stopping
+from deploy.logs import LastWords
+from deploy.server import LOOPBACK, choose_ports, triton
+from deploy.wheel import SERVER_PYTHON, find_wheel
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import DeployError, ServerUnavailable
 from tests.conftest import photo
@@ -31,7 +33,7 @@ from tests.serving import Serving, serve
 def test_a_missing_environment_is_said(tmp_path: Path, release_folder: Path) -> None:
     with (
         pytest.raises(DeployError, match="no server environment there; run `make setup`"),
-        local.triton(release_folder, server_python=tmp_path / "python"),
+        triton(release_folder, server_python=tmp_path / "python"),
     ):
         pass
 
@@ -40,7 +42,7 @@ def test_a_missing_wheel_is_said(release_folder: Path) -> None:
     """The client environment has no Triton."""
     with (
         pytest.raises(DeployError, match="nvidia-pytriton is not installed"),
-        local.triton(release_folder, server_python=Path(sys.executable)),
+        triton(release_folder, server_python=Path(sys.executable)),
     ):
         pass
 
@@ -57,7 +59,7 @@ def test_a_missing_libpython_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", without)
     with pytest.raises(DeployError, match=r"stub .*lacks \['libpython3.11.so.1.0'\].*apt-get inst"):
-        find_wheel(local.SERVER_PYTHON)
+        find_wheel(SERVER_PYTHON)
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def torn_wheel(tmp_path: Path) -> Path:
     """An interpreter whose environment holds Triton's binary without the libraries beside it."""
     home = tmp_path / "site" / "pytriton" / "tritonserver"
     (home / "bin").mkdir(parents=True)
-    shutil.copy(find_wheel(local.SERVER_PYTHON).triton / "bin" / "tritonserver", home / "bin")
+    shutil.copy(find_wheel(SERVER_PYTHON).triton / "bin" / "tritonserver", home / "bin")
     stub = home / "python_backend_stubs" / "3.11" / "triton_python_backend_stub"
     stub.parent.mkdir(parents=True)
     stub.touch()
@@ -101,15 +103,15 @@ def test_an_interpreter_that_cannot_answer_is_said(tmp_path: Path) -> None:
 
 def test_a_taken_port_is_said() -> None:
     with socket.socket() as taken:
-        taken.bind((local.LOOPBACK, 0))
+        taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(DeployError, match=f"gRPC port {port} .* choose another"):
-            local.choose_ports(local.LOOPBACK, grpc=port)
+            choose_ports(LOOPBACK, grpc=port)
 
 
 def test_free_ports_differ() -> None:
-    ports = local.choose_ports(local.LOOPBACK)
+    ports = choose_ports(LOOPBACK)
     assert len({ports.grpc, ports.http, ports.metrics}) == 3
 
 
@@ -122,7 +124,7 @@ def test_a_server_that_cannot_load_says_why(release_folder: Path, tmp_path: Path
     with (
         (tmp_path / "log").open("w") as log,
         pytest.raises(DeployError, match=r"(?s)exited with code 1.*query_tower"),
-        local.triton(broken, log=log),
+        triton(broken, log=log),
     ):
         pass
 
@@ -142,7 +144,7 @@ def test_last_words_are_the_telling_lines_else_the_last(lines: list[str], kept: 
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     process.wait()
     log = io.StringIO()
-    said = local.LastWords(process, log).read().splitlines()
+    said = LastWords(process, log).read().splitlines()
     assert [line[: len(start)] for line, start in zip(said, kept, strict=True)] == kept
     assert log.getvalue().splitlines() == lines
 
@@ -269,7 +271,7 @@ def test_a_killed_launcher_takes_the_server_with_it(serving: Serving) -> None:
     while serving.processes():
         assert time.monotonic() < end, "the server runs on"
         time.sleep(0.2)
-    local.choose_ports(local.LOOPBACK, grpc=port)
+    choose_ports(LOOPBACK, grpc=port)
     for path in serving.leftovers():  # nobody was left to tidy up, either
         shutil.rmtree(path)
 
@@ -277,14 +279,14 @@ def test_a_killed_launcher_takes_the_server_with_it(serving: Serving) -> None:
 def test_a_client_recovers_when_the_server_comes_back(release_folder: Path, tmp_path: Path) -> None:
     """Killed without warning, restarted on the same port: the same client object goes on."""
     with (tmp_path / "log").open("w") as log:
-        with local.triton(release_folder, log=log) as server:
+        with triton(release_folder, log=log) as server:
             ports, encoder = server.ports, Encoder(Settings(triton=server.grpc_address))
             first = encoder.encode_queries(["red dress"]).vector(0)
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
             with pytest.raises(ServerUnavailable, match="start it with `make serve`"):
                 encoder.encode_queries(["red dress"])
-        with local.triton(release_folder, ports=ports, log=log), encoder:
+        with triton(release_folder, ports=ports, log=log), encoder:
             end = time.monotonic() + 5
             while True:
                 try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deploy import local
+from deploy.server import Server, triton
 from export.publish import publish
 from retrieval_client import Encoder, Settings
 from retrieval_client.__main__ import main
@@ -35,8 +35,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[local.Server]:
-    with local.triton(folder) as server:
+def served(folder: Path) -> Iterator[Server]:
+    with triton(folder) as server:
         yield server
 
 
@@ -50,13 +50,13 @@ def test_a_release_holds_vectors_of_every_kind_of_item(folder: Path) -> None:
     assert PROBES_FILE in json.loads((folder / "manifest.json").read_text())["files"]
 
 
-def test_the_server_gives_them(served: local.Server, folder: Path) -> None:
+def test_the_server_gives_them(served: Server, folder: Path) -> None:
     with Encoder(Settings(triton=served.grpc_address)) as encoder:
         assert encoder.probe(Probes.load(folder)) > 1 - 1e-5
 
 
 def test_the_command_says_how_close(
-    served: local.Server, folder: Path, capsys: pytest.CaptureFixture[str]
+    served: Server, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
         main(["probe", str(folder), "--triton", served.grpc_address, "--json"])
@@ -66,7 +66,7 @@ def test_the_command_says_how_close(
     assert said["cosine"] > 1 - 1e-5
 
 
-def test_another_release_is_told_apart(served: local.Server, folder: Path, other: Path) -> None:
+def test_another_release_is_told_apart(served: Server, folder: Path, other: Path) -> None:
     with Encoder(Settings(triton=served.grpc_address)) as encoder:
         with pytest.raises(ReleaseMismatch, match="expected release"):
             encoder.probe(Probes.load(other))
@@ -86,7 +86,7 @@ def test_a_server_with_other_weights_under_the_same_name_is_not_ready(
     ]
     graphs[1].chmod(0o644)
     shutil.copyfile(*graphs)
-    with pytest.raises(ReleaseMismatch, match="golden probe"), local.triton(swapped):
+    with pytest.raises(ReleaseMismatch, match="golden probe"), triton(swapped):
         pass
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy import local
+from deploy.server import Server
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -25,7 +25,7 @@ def block(language: str, after: str) -> str:
 
 
 @pytest.fixture
-def env(triton: local.Server, tmp_path: Path) -> dict[str, str]:
+def env(triton: Server, tmp_path: Path) -> dict[str, str]:
     """What a user's second terminal has, but for the server's address and the place of files."""
     tools = Path(sys.executable).parent
     return os.environ | {

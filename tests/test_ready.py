@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deploy import local
 from deploy.engines.builder import find_runtime
 from deploy.engines.ready import Gpu, Missing, gpu_at_hand, overlay, prepare
+from deploy.server import check_release, triton
 from export.publish import publish
 from retrieval_client import Encoder, Settings
 from retrieval_contract import models
@@ -53,7 +53,7 @@ def test_waiting_builds_and_gives_a_release_with_plans(folder: Path, cache: Path
     assert ready.target is Target.GPU
     release = Release.load(ready.release)
     assert release == Release.load(folder)
-    assert local.check_release(ready.release, Target.GPU) == release
+    assert check_release(ready.release, Target.GPU) == release
     plan = ready.release / "model_repository" / "query_tower" / str(release.version) / "model.plan"
     facts = json.loads((plan.resolve().parent / "engine.json").read_text())
     assert facts["origin"]["release_id"] == release.release_id
@@ -105,7 +105,7 @@ def test_a_release_of_links_is_served_as_the_release_itself(folder: Path, cache:
     """By the real server, on the target that it has."""
     ready = prepare(folder, cache, RUNTIME, GPU, Missing.WAIT)
     with (
-        local.triton(ready.release) as server,
+        triton(ready.release) as server,
         Encoder(Settings(triton=server.grpc_address)) as encoder,
     ):
         encoded = encoder.encode_queries(["red shoes"])

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import text_format
 from rich.console import Console
 
-from deploy import local
+from deploy.server import LOOPBACK, check_release, choose_ports, triton
 from export.__main__ import reference_release
 from export.config_from_contract import UNRELEASED, config_from_text, configs_of
 from export.publish import SOURCES, publish
@@ -165,11 +165,11 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
         catalog.prepare(old.release_id, old.vector_dim)
         catalog.upsert([product_row("a", old.vector_dim)])
     log = (tmp_path / "triton.log").open("w")
-    ports = local.choose_ports(local.LOOPBACK)
-    encoder = Encoder(Settings(triton=f"{local.LOOPBACK}:{ports.grpc}"))
-    with local.triton(tiny_release, ports=ports, log=log):
+    ports = choose_ports(LOOPBACK)
+    encoder = Encoder(Settings(triton=f"{LOOPBACK}:{ports.grpc}"))
+    with triton(tiny_release, ports=ports, log=log):
         assert encoder.encode_queries(["red dress"]).vector(0).shape == (16,)
-    with local.triton(wider, ports=ports, log=log) as server:
+    with triton(wider, ports=ports, log=log) as server:
         settings = Settings(triton=server.grpc_address, milvus=store)
         with encoder:  # connected to the first release: notices the second by itself
             encoded = encoder.encode_queries(["red dress"])
@@ -199,9 +199,9 @@ def test_a_release_that_is_not_whole_is_not_started(tiny_release: Path, tmp_path
     next(broken.glob("model_repository/query_tower/*/model.onnx")).unlink()
     with (
         pytest.raises(DeployError, match=r"query_tower/\d+/model.onnx: not found.*build it again"),
-        local.triton(broken),
+        triton(broken),
     ):
         pass
     with pytest.raises(DeployError, match=r"query_tower/\d+/model.plan: not found"):
-        local.check_release(tiny_release, Target.GPU)
-    assert local.check_release(tiny_release, Target.CPU).release_id == tiny_release.name
+        check_release(tiny_release, Target.GPU)
+    assert check_release(tiny_release, Target.CPU).release_id == tiny_release.name

@@ -12,8 +12,8 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from deploy import local
 from deploy.security import CONTROLS, Tls, control_flags, new_key, read_key
+from deploy.server import Server, triton
 from retrieval_client import Encoder, RetrievalError, Settings
 from retrieval_client.channel import channel_to
 from retrieval_contract.errors import DeployError, ServerUnavailable
@@ -62,24 +62,24 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(
     release_folder: Path, papers: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[local.Server]:
+) -> Iterator[Server]:
     """A server that asks callers for a certificate, and for a key before it is controlled."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     tls = Tls(papers / "server.pem", papers / "server.key", papers / "ours.pem")
     with (
         log.open("w") as lines,
-        local.triton(release_folder, log=lines, tls=tls, control_key=KEY) as server,
+        triton(release_folder, log=lines, tls=tls, control_key=KEY) as server,
     ):
         yield server
     assert KEY not in log.read_text()
 
 
-def settings(server: local.Server, papers: Path, **names: str) -> Settings:
+def settings(server: Server, papers: Path, **names: str) -> Settings:
     paths = {name: str(papers / file) for name, file in names.items()}
     return Settings(triton=server.grpc_address, timeout_s=3.0).override(**paths)
 
 
-def test_who_shows_a_certificate_is_served(guarded: local.Server, papers: Path) -> None:
+def test_who_shows_a_certificate_is_served(guarded: Server, papers: Path) -> None:
     ours = settings(guarded, papers, tls_ca="ours.pem", tls_cert="client.pem", tls_key="client.key")
     with Encoder(ours) as encoder:
         assert encoder.encode_queries(["red shoes"]).errors == [None]
@@ -95,7 +95,7 @@ def test_who_shows_a_certificate_is_served(guarded: local.Server, papers: Path) 
     ],
     ids=["in the clear", "no certificate", "a stranger's", "a server we do not trust"],
 )
-def test_nobody_else_is(guarded: local.Server, papers: Path, names: dict[str, str]) -> None:
+def test_nobody_else_is(guarded: Server, papers: Path, names: dict[str, str]) -> None:
     with Encoder(settings(guarded, papers, **names)) as encoder, pytest.raises(ServerUnavailable):
         encoder.served()
 
@@ -134,13 +134,13 @@ def controls(channel: grpc.Channel, key: str | None) -> list[str]:
     return said
 
 
-def test_controls_are_closed_by_default(triton: local.Server) -> None:
+def test_controls_are_closed_by_default(triton: Server) -> None:
     with channel_to(Settings(triton=triton.grpc_address)) as channel:
         assert controls(channel, None) == ["closed"] * len(CONTROLS)
         assert controls(channel, "guessed") == ["closed"] * len(CONTROLS)
 
 
-def test_a_key_opens_them(guarded: local.Server, papers: Path) -> None:
+def test_a_key_opens_them(guarded: Server, papers: Path) -> None:
     ours = settings(guarded, papers, tls_ca="ours.pem", tls_cert="client.pem", tls_key="client.key")
     with channel_to(ours) as channel:
         assert controls(channel, None) == ["closed"] * len(CONTROLS)

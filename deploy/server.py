@@ -1,0 +1,212 @@
+"""One Triton of the `nvidia-pytriton` wheel: its files, its ports, its start and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from deploy.door import Door
+from deploy.instance import ASK_S, Instance
+from deploy.security import Tls, control_flags, new_key
+from deploy.stopping import DRAIN_S
+from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
+from retrieval_contract import models
+from retrieval_contract.errors import DeployError
+from retrieval_contract.models import Target
+from retrieval_contract.probes import Probes
+from retrieval_contract.release import Release
+
+LATEST = ROOT / "build" / "releases" / "latest"
+LOOPBACK = "127.0.0.1"
+TOWER_FILES = {
+    Target.GPU: [models.PLAN_FILE],
+    Target.CPU: [models.ONNX_FILE],
+    Target.LOCAL: [models.PYTHON_FILE, models.ONNX_FILE],
+}
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports of one server."""
+
+    grpc: int
+    http: int
+    metrics: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it listens, what it serves, and how it is started again."""
+
+    host: str
+    ports: Ports
+    release: Release
+    triton: str
+    instance: Instance = field(repr=False)
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """Its present process."""
+        return self.instance.process
+
+    @property
+    def grpc_address(self) -> str:
+        """`host:port` for clients."""
+        return f"{self.host}:{self.ports.grpc}"
+
+
+def check_release(folder: Path, target: Target) -> Release:
+    """Read the release and see that every model file is there; DeployError naming what is not."""
+    release = Release.load(folder)
+    for path in _files(folder / "model_repository", str(release.version), target):
+        if not path.exists():
+            raise DeployError(
+                f"{path}: not found; the release is not whole, build it again "
+                "with `python -m export repository`"
+            )
+    return release
+
+
+def _files(repository: Path, version: str, target: Target) -> Iterator[Path]:
+    """Everything that a server of that target reads; the folder of an ensemble's version, too."""
+    for part in (*models.MODELS, *models.ENSEMBLES):
+        config, names = "config.pbtxt", []
+        if part in models.TOWERS:
+            config, names = f"configs/{target}.pbtxt", TOWER_FILES[target]
+        elif part in models.MODELS:
+            names = [models.PYTHON_FILE, models.TOKENIZER_FILE]
+        elif part in models.IN_ONE and target is Target.LOCAL:
+            config, names = f"configs/{target}.pbtxt", [models.PYTHON_FILE]
+        home = repository / part.name
+        yield from (home / config, home / version)
+        yield from (home / version / name for name in names)
+
+
+def choose_ports(host: str, grpc: int = 0, http: int = 0, metrics: int = 0) -> Ports:
+    """Free ports where 0 is given; DeployError when a given one is taken."""
+    chosen: list[int] = []
+    with contextlib.ExitStack() as held:  # hold all of them, so that no two are the same
+        for name, port in (("gRPC", grpc), ("HTTP", http), ("metrics", metrics)):
+            probe = held.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                raise DeployError(
+                    f"{name} port {port} on {host}: {exc.strerror}; stop what listens there or "
+                    f"choose another (0 = any free one)"
+                ) from exc
+            chosen.append(probe.getsockname()[1])
+    return Ports(*chosen)
+
+
+def command(
+    wheel: Wheel,
+    backends: Path,
+    repository: Path,
+    host: str,
+    ports: Ports,
+    target: Target,
+    shm_prefix: str,
+    security: Sequence[str] = (),
+) -> list[str]:
+    """The server's command line; `security` is what `deploy/security.py` says."""
+    flags: dict[str, object] = {
+        "model-repository": repository,
+        "model-config-name": target,
+        "backend-directory": backends,
+        "cache-directory": wheel.triton / "caches",
+        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+        "allow-gpu-metrics": "false",
+        "pinned-memory-pool-byte-size": 0,
+        "exit-timeout-secs": DRAIN_S,
+        # So that a model that has died can be loaded again, by who has the control key.
+        "model-control-mode": "explicit",
+        "load-model": "*",
+    }
+    for protocol in ("grpc", "http", "metrics"):
+        flags[f"{protocol}-address"] = host
+        flags[f"{protocol}-port"] = getattr(ports, protocol)
+    binary = str(wheel.triton / "bin" / "tritonserver")
+    settings = [f"--{name}={value}" for name, value in flags.items()]
+    return [binary, "--disable-auto-complete-config", *settings, *security]
+
+
+@contextlib.contextmanager
+def triton(
+    release_folder: Path = LATEST,
+    *,
+    server_python: Path = SERVER_PYTHON,
+    host: str = LOOPBACK,
+    ports: Ports | None = None,
+    log: IO[str] = sys.stderr,
+    tls: Tls | None = None,
+    control_key: str | None = None,
+) -> Iterator[Server]:
+    """Run Triton over a release until the block ends; yields once it gave the release's probes.
+
+    Whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
+    start, with the lines of its log that say why, and ReleaseMismatch when it gives other vectors.
+    """
+    wheel = find_wheel(server_python)
+    release = check_release(release_folder, Target.LOCAL)
+    ports = ports or choose_ports(host)
+    with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
+        shm_prefix = Path(scratch).name
+        backends = _backends(wheel, Path(scratch))
+        repository = _linked(release_folder / "model_repository", Path(scratch))
+        control_key = control_key or new_key()
+        security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
+        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
+        instance = Instance(
+            args,
+            _environment(wheel),
+            shm_prefix,
+            Door(host, ports.http, control_key),
+            (ports.grpc, ports.metrics),
+            Probes.load(release_folder),
+            log,
+        )
+        try:
+            instance.start()
+            yield Server(host, ports, release, instance.door.version(ASK_S), instance)
+        finally:
+            instance.stop(lambda: shutil.rmtree(scratch, ignore_errors=True))
+
+
+def _environment(wheel: Wheel) -> dict[str, str]:
+    """The stub finds its packages as `python3` on PATH would."""
+    env = os.environ | {
+        "LD_LIBRARY_PATH": wheel.libraries,
+        "PATH": f"{wheel.python.parent}:{os.environ['PATH']}",
+    }
+    env.pop("PYTHONPATH", None)
+    return env
+
+
+def _backends(wheel: Wheel, scratch: Path) -> Path:
+    """Triton wants the stub inside the backend's folder, the wheel keeps one per Python."""
+    backend = shutil.copytree(wheel.triton / "backends" / "python", scratch / "python")
+    stub = shutil.copy(wheel.stub, backend)
+    Path(stub).chmod(0o755)
+    return scratch
+
+
+def _linked(repository: Path, scratch: Path) -> Path:
+    """The same files by links: the stub writes bytecode beside a model, and asks no environment.
+
+    So the release stays as it was built, and may be read-only.
+    """
+    linked: Path = shutil.copytree(
+        repository.resolve(), scratch / "model_repository", copy_function=os.symlink
+    )
+    return linked
