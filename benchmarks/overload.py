@@ -1,10 +1,10 @@
-"""python -m benchmarks.overload: past the load that a server can carry, and search beside ingestion.
+"""python -m benchmarks.overload: past the load that a server carries, and search beside ingestion.
 
-Three questions, asked through the client library as applications use it, latencies counted from when
-a call was due:
+Three questions, asked through the client library as applications use it, latencies counted from
+when a call was due:
 
-* overload: callers come at three times the rate that the server can answer. How many are answered in
-  their time, against that rate; is everybody else refused, and how soon?
+* overload: callers come at three times the rate that the server can answer. How many are answered
+  in their time, against that rate; is everybody else refused, and how soon?
 * stalls: bursts and steady load. How many calls take longer than STALL_S?
 * bulk: searches at a steady rate, alone and while a push saturates the server. Their p99?
 
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,13 @@ from benchmarks.workload import built_in_queries, queries_from_csv
 from deploy.local import LATEST, Server, triton
 from deploy.rendered.catalog import write_rendered_catalog
 from retrieval_client.encoder import Encoder
+from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
+from retrieval_contract.door import Lane
 from retrieval_contract.errors import RetrievalError
 
-DEADLINE_S = 0.5
+DEADLINE_S, PATIENT_S = 0.5, 5.0
+"""Past what can be carried, and where everybody should be answered."""
 OFFERED = 3.0
 """Times the capacity."""
 CALLERS = 128
@@ -52,7 +56,7 @@ STEADY = 0.5
 BULK_ROWS, BULK_IN_FLIGHT = 32, 4
 THREADS = 2048
 SLACK_S = 0.05
-"""What a call may take beyond its deadline before it counts as hanging: the clock of a busy machine."""
+"""Beyond its deadline, before a call counts as hanging: threads of a busy machine wake late."""
 
 ANSWERED = "answered"
 console = Console(stderr=True)
@@ -123,9 +127,8 @@ def bursts(encoder: Encoder, texts: Sequence[str], count: int) -> Calls:
     with ThreadPoolExecutor(BURST) as pool:
         for _ in range(count // BURST):
             due = time.perf_counter()
-            list(
-                pool.map(lambda text: call(encoder, text, due, 5.0, calls), texts[:BURST])  # noqa: B023
-            )
+            ask = partial(call, encoder, due=due, deadline_s=PATIENT_S, calls=calls)
+            list(pool.map(ask, texts[:BURST]))
             time.sleep(PAUSE_S)
     return calls
 
@@ -149,7 +152,8 @@ def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[C
             for _ in titles:
                 next(pushed)
 
-    with Encoder(server.settings) as encoder, ThreadPoolExecutor(BULK_IN_FLIGHT) as pool:
+    bulk = Settings(triton=server.grpc_address, traffic=Lane.BULK)
+    with Encoder(bulk) as encoder, ThreadPoolExecutor(BULK_IN_FLIGHT) as pool:
         for _ in range(BULK_IN_FLIGHT):
             pool.submit(push)
         time.sleep(1)
@@ -162,7 +166,7 @@ def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[C
 def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, object]:
     """Three times what it can carry."""
     rates = [capacity(server, texts, 2.0)]
-    with Encoder(server.settings) as encoder:
+    with Encoder(Settings(triton=server.grpc_address)) as encoder:
         offer(encoder, texts, rates[0] * STEADY, 1.0)
         calls = offer(encoder, texts, rates[0] * OFFERED, seconds)
     rates.append(capacity(server, texts, 2.0))
@@ -181,11 +185,11 @@ def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, 
 
 def stalls(server: Server, texts: Sequence[str], count: int) -> dict[str, object]:
     """Half of the calls in bursts, half at a steady rate."""
-    with Encoder(server.settings) as encoder:
+    with Encoder(Settings(triton=server.grpc_address)) as encoder:
         rate = capacity(server, texts, 1.0) * STEADY
         found = [
             bursts(encoder, texts, count // 2),
-            offer(encoder, texts, rate, count / 2 / rate, 5.0),
+            offer(encoder, texts, rate, count / 2 / rate, PATIENT_S),
         ]
     for name, calls in zip(("bursts", "steady"), found, strict=True):
         show(name, calls)
@@ -202,11 +206,11 @@ def beside_bulk(
 ) -> dict[str, object]:
     """Search alone, and beside a push, in turns."""
     alone, beside, pushed = [], [], 0
-    with Encoder(server.settings) as encoder:
+    with Encoder(Settings(triton=server.grpc_address)) as encoder:
         for seed in range(3):
-            alone.append(offer(encoder, texts, rate, seconds / 3, 5.0, seed))
+            alone.append(offer(encoder, texts, rate, seconds / 3, PATIENT_S, seed))
             with pushing(server, products) as count:
-                beside.append(offer(encoder, texts, rate, seconds / 3, 5.0, seed))
+                beside.append(offer(encoder, texts, rate, seconds / 3, PATIENT_S, seed))
                 pushed += count()
     for name, found in (("search alone", alone), ("search beside a push", beside)):
         show(name, *found)

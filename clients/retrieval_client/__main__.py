@@ -37,6 +37,7 @@ from retrieval_client.push import Push, PushReport
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Columns, Source
+from retrieval_contract.door import Lane
 from retrieval_contract.errors import ItemError, RetrievalError
 from retrieval_contract.probes import Probes
 
@@ -144,7 +145,7 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
     started = time.monotonic()
     with (
         rejects_file(args.rejects) as rejects,
-        Encoder(settings) as encoder,
+        Encoder(settings.override(traffic=Lane.BULK)) as encoder,
         Catalog(settings) as catalog,
         Progress(
             SpinnerColumn(),

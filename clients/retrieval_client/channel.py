@@ -23,7 +23,6 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.service_config", ROUND_ROBIN),
 )
 
 
@@ -34,13 +33,16 @@ def channel_to(settings: Settings) -> grpc.Channel:
     RetrievalError when a file cannot be read.
     """
     target = target_of(settings.replicas)
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if len(settings.replicas) > 1:  # of a lone server it would try the address at its own pace
+        options.append(("grpc.service_config", ROUND_ROBIN))
     if not settings.tls_ca:
         if settings.tls_cert or settings.tls_key:
             raise RetrievalError(
                 "tls_cert, tls_key: expected tls_ca beside them, got none; give the certificate "
                 "of the authority that signed the server's"
             )
-        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(target, options=options)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise RetrievalError("tls_cert, tls_key: expected both or neither, got one; give the other")
     if len(settings.replicas) > 1 and not settings.tls_name:
@@ -52,7 +54,6 @@ def channel_to(settings: Settings) -> grpc.Channel:
         _bytes(name, getattr(settings, name)) for name in ("tls_ca", "tls_cert", "tls_key")
     )
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
-    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
     if settings.tls_name:
         options.append(("grpc.ssl_target_name_override", settings.tls_name))
     return grpc.secure_channel(target, credentials, options=options)

@@ -102,8 +102,8 @@ class Coalescer(Generic[Item, Results]):
         wait = self._ahead * self._pace.seconds_per_row
         if wait > deadline.left_s * SHARE:
             raise ServerBusy(
-                f"expected an answer within {deadline.seconds} s, got {self._ahead} texts of this client "
-                f"ahead, which take {wait:.3g} s; try again later, or serve with more"
+                f"expected an answer within {deadline.seconds} s, got {self._ahead} texts of this "
+                f"client ahead, which take {wait:.3g} s; try again later, or serve with more"
             )
 
     def _appoint(self) -> None:

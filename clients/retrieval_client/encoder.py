@@ -16,11 +16,20 @@ from retrieval_client.channel import channel_to
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
 from retrieval_client.replicas import Patience, Replicas
+from retrieval_client.retry import Backoff, RetryBudget
 from retrieval_client.settings import Settings
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
-from retrieval_contract.errors import ContractError, ItemError, ReleaseMismatch, ServerUnavailable
+from retrieval_contract.door import TRAFFIC
+from retrieval_contract.errors import (
+    ContractError,
+    DeadlineExceeded,
+    ItemError,
+    ReleaseMismatch,
+    ServerBusy,
+    ServerUnavailable,
+)
 from retrieval_contract.probes import Probes
 from retrieval_contract.release import RELEASE_PARAMETER, version_of
 from retrieval_contract.tensors import Array, Ensemble
@@ -74,6 +83,8 @@ class Encoder:
         self._channel = channel_to(settings)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._replicas = Replicas(settings)
+        self._budget = RetryBudget()
+        self._traffic = settings.traffic
         self._served: Served | None = None
         self._shared: Coalescer[bytes, Encoded] = Coalescer(
             self._encode_queries, models.QUERY_ENCODER.batch.max
@@ -124,7 +135,8 @@ class Encoder:
     def server_version(self) -> str:
         """Such as "triton 2.51.0"."""
         deadline = Deadline(self.timeout_s)
-        reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata", deadline)
+        with triton_errors(self.address, "metadata"):
+            reply = self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=deadline.left_s)
         return f"{reply.name} {reply.version}"
 
     def probe(self, probes: Probes) -> float:
@@ -203,7 +215,7 @@ class Encoder:
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
             request = request_from_rows(ensemble, part)
             request.model_version = str(version_of(served.release_id))
-            reply = self._call("ModelInfer", request, ensemble.name, deadline, served)
+            reply = self._infer(request, deadline, served)
             rows = len(next(iter(part.values())))
             arrays = arrays_from_reply(ensemble, reply, rows, dims)
             parts.append(arrays[output])
@@ -243,24 +255,36 @@ class Encoder:
             )
         return Served(release_id, vector)
 
-    def _call(
-        self, method: str, request: Any, what: str, deadline: Deadline, known: Served | None = None
-    ) -> Any:
-        """`known`: the release that the request names; it may go to any replica of that."""
-        patience = Patience(deadline)
-        while True:
-            try:
-                with triton_errors(self.address, what):
-                    return getattr(self._stub, method)(request, timeout=deadline.left_s)
-            except ServerUnavailable:
-                if self._others_serve(known, deadline) and patience.wait():
-                    continue
-                self._served = None  # whoever answers next may be another release
-                raise
+    def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
+        """Ask any replica of the release that the request names, and again where that may help.
 
-    def _others_serve(self, known: Served | None, deadline: Deadline) -> bool:
+        The first attempt gets half of the time: a process that dies takes what it was computing
+        with it, and Triton says nothing.
+        """
+        others, backoff = Patience(deadline), Backoff(deadline, self._budget)
+        self._budget.earn()
+        attempt = Deadline(deadline.left_s / 2)
+        request.parameters[TRAFFIC].string_param = self._traffic
+        while True:
+            request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
+            try:
+                with triton_errors(self.address, request.model_name):
+                    return self._stub.ModelInfer(request, timeout=attempt.left_s)
+            except DeadlineExceeded:
+                if deadline.passed or not self._budget.spend():
+                    raise
+                attempt = deadline
+            except ServerBusy:
+                if not backoff.wait():
+                    raise
+            except ServerUnavailable:
+                if not (self._others_serve(known, deadline) and others.wait()):
+                    self._served = None  # whoever answers next may be another release
+                    raise
+
+    def _others_serve(self, known: Served, deadline: Deadline) -> bool:
         """Whether there are other replicas, of the same release as far as they answer."""
-        if known is None or not self._replicas.several:
+        if not self._replicas.several:
             return False
         if self._replicas.asked_lately():
             return True

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from retrieval_contract import models
+from retrieval_contract.door import Lane
 from retrieval_contract.errors import RetrievalError
 
 PREFIX = "RETRIEVAL_"
@@ -20,8 +21,9 @@ class Settings:
     `triton` is `host:port`, or several with commas between: replicas that serve one release.
     `milvus` is Milvus Lite when it ends in `.db` (a folder of that name), else a server's URI.
     Deadlines are in seconds and cover one call; `retry_s` is how long a push goes on trying
-    while a server is away. `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and
-    `tls_key` say who we are, `tls_name` is the server's name where its address is not it.
+    while a server is away. `traffic` is "interactive", or "bulk" for what may wait.
+    `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and `tls_key` say who we are,
+    `tls_name` is the server's name where its address is not it.
     """
 
     triton: str = "127.0.0.1:8001"
@@ -31,6 +33,7 @@ class Settings:
     timeout_s: float = 5.0
     push_timeout_s: float = 60.0
     retry_s: float = 60.0
+    traffic: str = Lane.INTERACTIVE.value
     tls_ca: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -71,6 +74,10 @@ class Settings:
         for name, value in vars(self).items():
             if isinstance(value, float) and not 0 < value < math.inf:
                 raise RetrievalError(f"{name}: expected seconds above 0, got {value}")
+        if self.traffic not in set(Lane):
+            raise RetrievalError(
+                f"traffic: expected one of {[*map(str, Lane)]}, got {self.traffic!r}"
+            )
         if not self.replicas:
             raise RetrievalError(
                 f"triton: expected host:port, or several with commas, got {self.triton!r}"

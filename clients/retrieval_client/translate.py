@@ -39,7 +39,8 @@ TRITON = {
 # UNAVAILABLE and INTERNAL of Triton 2.51, which say these things by text alone; the first words of
 # `door.py`'s refusals, which an ensemble puts its name before.
 TEXTS = (
-    (re.compile(rf"(^|, )({'|'.join(Refusal)}): |maximum queue size"), ServerBusy),
+    (re.compile(rf"(^|, ){Refusal.BUSY}: |maximum queue size"), ServerBusy),
+    (re.compile(rf"(^|, ){Refusal.LATE}: "), DeadlineExceeded),
     (re.compile("Server is stopping|no available versions"), ServerDraining),
     (re.compile("protocol is restricted"), AccessDenied),
     (re.compile("Stub process .* is not healthy"), ServerUnavailable),
