@@ -17,6 +17,7 @@ from typing import IO
 from deploy import stopping
 from deploy.door import Door, check_release_of
 from deploy.logs import LastWords
+from deploy.security import control_flags
 from deploy.stubs import sweep
 from retrieval_contract.errors import DeployError, ReleaseMismatch, ServerError
 from retrieval_contract.probes import Probes
@@ -24,6 +25,18 @@ from retrieval_contract.probes import Probes
 READY_S = 120.0
 ASK_S = 10.0
 """What the golden probes may take on a server that has just started."""
+
+
+def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
+    """What a server needs that is looked after: a model that died is loaded by who has the key."""
+    return [
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--exit-timeout-secs={stopping.DRAIN_S}",
+        "--disable-auto-complete-config",
+        *control_flags(control_key),
+    ]
 
 
 @dataclass

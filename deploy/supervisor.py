@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -78,11 +79,12 @@ class Supervisor(threading.Thread):
         """Mend and start nothing more; whoever stops the server need not wait for the thread."""
         self._over.set()
 
-    def wait(self) -> None:
-        """Until it is over; raises DeployError or ReleaseMismatch when it gave up."""
-        self._ended.wait()
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is over by then; raises DeployError or ReleaseMismatch when it gave up."""
+        ended = self._ended.wait(timeout_s)
         if self._failure is not None:
             raise self._failure
+        return ended
 
     def run(self) -> None:
         """See the class."""
@@ -231,6 +233,11 @@ class Supervisor(threading.Thread):
                 'size", others go on; free it, or give more (docker run --shm-size)'
             )
         self._scarce = free < SCARCE
+
+
+def say(line: str) -> None:
+    """To our log, beside the server's."""
+    print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
 class _Lost(Exception):

@@ -13,16 +13,16 @@ from retrieval_contract.errors import RetrievalError
 
 ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 # A reconnecting channel waits at most a second: a restarted server is found again at once.
-# A peer that vanished without a word is found out by pings, sent only while calls wait: after
-# `time` without a byte, and `timeout` for the answer. Unless told otherwise (our launchers do), a
-# server takes two in five minutes for an attack; gRPC itself sends no third without data between.
+# A peer that vanished without a word is found out by a ping, sent while a call waits and nothing
+# has come for `time`, when `timeout` brings no answer to it. Triton closes the connection at the
+# third ping in five minutes without data between; gRPC by itself sends two, then one a minute.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.service_config", ROUND_ROBIN),
 )
 
