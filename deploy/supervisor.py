@@ -202,6 +202,7 @@ class Supervisor(threading.Thread):
         """Unload, wait until it is gone, load; then what is made of it."""
         start, group = time.monotonic(), self.instance.process.pid
         old = [stub for stub in stubs_of(group) if stub.model == model]
+        self.instance.scarred = True
         try:
             self.door.unload(model, LOAD_S)
             while self.door.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
