@@ -17,6 +17,7 @@ from typing import IO
 from deploy import stopping
 from deploy.door import Door, check_release_of
 from deploy.logs import LastWords
+from deploy.security import control_flags
 from deploy.stubs import sweep
 from retrieval_contract.errors import DeployError, ReleaseMismatch, ServerError
 from retrieval_contract.probes import Probes
@@ -24,6 +25,18 @@ from retrieval_contract.probes import Probes
 READY_S = 120.0
 ASK_S = 10.0
 """What the golden probes may take on a server that has just started."""
+
+
+def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
+    """What a server needs that is looked after: a model that died is loaded by who has the key."""
+    return [
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--exit-timeout-secs={stopping.DRAIN_S}",
+        "--disable-auto-complete-config",
+        *control_flags(control_key),
+    ]
 
 
 @dataclass
@@ -42,6 +55,8 @@ class Instance:
     probes: Probes
     log: IO[str]
     ready_s: float = READY_S
+    scarred: bool = field(default=False, init=False)
+    """A model of the present process was loaded again."""
     words: LastWords = field(init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
     _over: bool = field(default=False, init=False)
@@ -75,6 +90,7 @@ class Instance:
                 start_new_session=True,
             )
             self.words = LastWords(self._process, self.log)
+            self.scarred = False
         self._wait_ready()
 
     def _wait_ready(self) -> None:
@@ -115,7 +131,7 @@ class Instance:
         if self._process is None:
             return 0
         with stopping.undisturbed(self._process):
-            stopping.stop(self._process)
+            stopping.stop(self._process, self.scarred)
             sweep(self.shm_prefix)
             tidy()
-        return self._process.returncode
+        return 0 if self.scarred else self._process.returncode

@@ -9,34 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
-from deploy.stopping import SIGNALS
-from deploy.supervisor import HUNG_S, Supervisor
+from deploy.stopping import Stopped, listen
+from deploy.supervisor import HUNG_S, Restarts, Supervisor, say
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, RetrievalError
 
 COMMAND_STOP_S = 5.0
 """What a `--run` command gets between SIGTERM and SIGKILL."""
-
-
-class Stopped(KeyboardInterrupt):
-    """We were asked to stop; holds the number of the signal."""
-
-
-def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # no second one before `undisturbed`, nor after
-    raise Stopped(signum)
 
 
 def _run_beside(server: Server, args: Sequence[str]) -> int:
@@ -89,8 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Command line: serve until Ctrl-C or SIGTERM."""
     args = parser().parse_args()
-    for number in SIGNALS:
-        signal.signal(number, _raise_stopped)
+    listen()
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
         with triton(
@@ -115,19 +101,16 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def supervised(server: Server, hung_s: float) -> Iterator[Supervisor]:
+def supervised(
+    server: Server, hung_s: float, restarts: Restarts | None = None
+) -> Iterator[Supervisor]:
     """While the block runs, what dies or hangs is started again."""
-    supervisor = Supervisor(server.instance, say, hung_s)
+    supervisor = Supervisor(server.instance, say, hung_s, restarts)
     supervisor.start()
     try:
         yield supervisor
     finally:
         supervisor.stop()
-
-
-def say(line: str) -> None:
-    """To our log, beside the server's."""
-    print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
 def tls_of(args: argparse.Namespace) -> Tls | None:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from deploy.door import Door
-from deploy.instance import ASK_S, Instance
-from deploy.security import Tls, control_flags, new_key
-from deploy.stopping import DRAIN_S
+from deploy.instance import ASK_S, Instance, kept_flags
+from deploy.security import Tls, new_key
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError
@@ -116,29 +115,23 @@ def command(
     host: str,
     ports: Ports,
     target: Target,
-    shm_prefix: str,
-    security: Sequence[str] = (),
+    more: Sequence[str],
 ) -> list[str]:
-    """The server's command line; `security` is what `deploy/security.py` says."""
+    """The server's command line; `more` is how it is kept, and who may ask."""
     flags: dict[str, object] = {
         "model-repository": repository,
         "model-config-name": target,
         "backend-directory": backends,
         "cache-directory": wheel.triton / "caches",
-        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
-        "exit-timeout-secs": DRAIN_S,
-        # So that a model that has died can be loaded again, by who has the control key.
-        "model-control-mode": "explicit",
-        "load-model": "*",
     }
     for protocol in ("grpc", "http", "metrics"):
         flags[f"{protocol}-address"] = host
         flags[f"{protocol}-port"] = getattr(ports, protocol)
     binary = str(wheel.triton / "bin" / "tritonserver")
     settings = [f"--{name}={value}" for name, value in flags.items()]
-    return [binary, "--disable-auto-complete-config", *settings, *security]
+    return [binary, *settings, *more]
 
 
 @contextlib.contextmanager
@@ -165,8 +158,8 @@ def triton(
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
-        security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
-        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
+        more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
+        args = command(wheel, backends, repository, host, ports, Target.LOCAL, more)
         instance = Instance(
             args,
             _environment(wheel),

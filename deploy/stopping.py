@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 QUIET_S = 5.0
 """How long a stop waits for the server to fall quiet before it stops it all the same."""
@@ -21,25 +22,54 @@ DRAIN_S = 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+class Stopped(KeyboardInterrupt):
+    """We were asked to stop; holds the number of the signal."""
+
+
+def listen() -> None:
+    """From now on SIGNALS raise Stopped in the main thread, once."""
+    for number in SIGNALS:
+        signal.signal(number, _raise_stopped)
+
+
+def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # no second one before `undisturbed`, nor after
+    raise Stopped(signum)
+
+
+def reap(ours: int) -> None:
+    """Let orphans go that have ended: process 1 inherits them. `ours` is waited for elsewhere."""
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid == ours:
+                return
+            os.waitpid(found.si_pid, 0)
+
+
+def stop(process: subprocess.Popen[str], scarred: bool = False) -> None:
     """Let what is in flight be answered, SIGTERM, then make sure that nothing is left.
 
     Triton 2.51, once asked to stop, answers what waits for a tower, and refuses what is still in
-    an ensemble's first step. So it is asked when it has fallen quiet.
+    an ensemble's first step. So it is asked when it has fallen quiet. One that is `scarred`, since
+    a model of it was loaded again, waits for what died before for all of DRAIN_S: not we.
     """
-    _wait_quiet(process)
+    _wait_quiet(process, QUIET_S)
     if process.poll() is None:
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(DRAIN_S + 10)
+        if scarred:
+            _wait_quiet(process, DRAIN_S)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(DRAIN_S + 10)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server, or all of it
     process.wait()
 
 
-def _wait_quiet(process: subprocess.Popen[str]) -> None:
-    """Until nothing is being computed, at most QUIET_S: callers may never stop asking."""
-    end, spent = time.monotonic() + QUIET_S, cpu_seconds(process.pid)
+def _wait_quiet(process: subprocess.Popen[str], most_s: float) -> None:
+    """Until nothing is being computed, or it has ended: callers may never stop asking."""
+    end, spent = time.monotonic() + most_s, cpu_seconds(process.pid)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(QUIET_STEP_S)
         before, spent = spent, cpu_seconds(process.pid)

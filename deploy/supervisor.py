@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -78,11 +79,12 @@ class Supervisor(threading.Thread):
         """Mend and start nothing more; whoever stops the server need not wait for the thread."""
         self._over.set()
 
-    def wait(self) -> None:
-        """Until it is over; raises DeployError or ReleaseMismatch when it gave up."""
-        self._ended.wait()
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is over by then; raises DeployError or ReleaseMismatch when it gave up."""
+        ended = self._ended.wait(timeout_s)
         if self._failure is not None:
             raise self._failure
+        return ended
 
     def run(self) -> None:
         """See the class."""
@@ -179,6 +181,8 @@ class Supervisor(threading.Thread):
             self._unanswered[name] = (time.monotonic(), done)
         elif time.monotonic() - since > self.hung_s and not self._over.is_set():
             del self._unanswered[name]
+            if done < 0:
+                raise _Lost("Triton answers nothing, not even what it has done")
             if name in self._killed:
                 raise _Lost(f"{name} stays silent, though what it runs on was loaded again")
             self._killed.add(name)
@@ -188,6 +192,7 @@ class Supervisor(threading.Thread):
                     kill(stub)
 
     def _done(self, names: list[str]) -> int:
+        """As the server counts; negative when it does not even say that."""
         try:
             return self.door.done(names, ASK_S)
         except ServerError:
@@ -197,6 +202,7 @@ class Supervisor(threading.Thread):
         """Unload, wait until it is gone, load; then what is made of it."""
         start, group = time.monotonic(), self.instance.process.pid
         old = [stub for stub in stubs_of(group) if stub.model == model]
+        self.instance.scarred = True
         try:
             self.door.unload(model, LOAD_S)
             while self.door.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
@@ -228,9 +234,15 @@ class Supervisor(threading.Thread):
             self.say(
                 f"{SHARED_MEMORY} is full ({free >> 20} MiB of {size >> 20} MiB are left): "
                 'requests that need more fail with "Failed to increase the shared memory pool '
-                'size", others go on; free it, or give more (docker run --shm-size)'
+                'size", others go on. Triton keeps what it once took until it is started again; '
+                "give it more (docker run --shm-size)"
             )
         self._scarce = free < SCARCE
+
+
+def say(line: str) -> None:
+    """To our log, beside the server's."""
+    print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
 class _Lost(Exception):
