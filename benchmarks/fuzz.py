@@ -132,7 +132,7 @@ def good(rng: random.Random) -> ModelInferRequest:
 def pictures(rng: random.Random, rows: int) -> Sequence[bytes]:
     """Whole ones and broken ones."""
     file = rng.choice(probe_pictures())
-    return [rng.choice([file, b"", file[: rng.randrange(len(file))]]) for _ in range(rows)]
+    return [rng.choice([file, b"", file[: rng.randint(0, len(file))]]) for _ in range(rows)]
 
 
 def prefixed(values: Sequence[bytes]) -> bytes:

@@ -35,8 +35,8 @@ from rich.table import Table
 
 from benchmarks.inflight import keep_calling
 from benchmarks.workload import built_in_queries, queries_from_csv
-from deploy.local import LATEST, Server, triton
 from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import LATEST, Server, triton
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
@@ -54,7 +54,9 @@ BURST, PAUSE_S = 10, 0.02
 STEADY = 0.5
 """Of the capacity, where nothing should ever wait."""
 BULK_ROWS, BULK_IN_FLIGHT = 32, 4
-THREADS = 2048
+SEARCHES_PER_S = 50.0
+"""Beside a push."""
+THREADS, PRODUCTS = 2048, 256
 SLACK_S = 0.05
 """Beyond its deadline, before a call counts as hanging: threads of a busy machine wake late."""
 
@@ -201,8 +203,8 @@ def beside_bulk(
     server: Server,
     texts: Sequence[str],
     products: Sequence[tuple[str, bytes]],
-    rate: float,
     seconds: float,
+    rate: float = SEARCHES_PER_S,
 ) -> dict[str, object]:
     """Search alone, and beside a push, in turns."""
     alone, beside, pushed = [], [], 0
@@ -236,6 +238,12 @@ def show(name: str, *found: Calls) -> None:
     console.print(table)
 
 
+def products_of(source: Path) -> list[tuple[str, bytes]]:
+    """The first good (title, image file)s."""
+    good = (row for row in Source(source).rows() if row.problem is None)
+    return [(row.title.decode(), row.image) for row in itertools.islice(good, PRODUCTS)]
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
@@ -255,14 +263,13 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     """All three on one server."""
     texts = queries_from_csv(args.queries) if args.queries else built_in_queries()
     source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
-    good = (row for row in Source(source).rows() if row.problem is None)
-    products = [(row.title.decode(), row.image) for row in itertools.islice(good, 256)]
+    products = products_of(source)
     log_path = Path("build") / "overload.log"
     with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
         return {
             "overload": overload(server, texts, args.seconds),
             "stalls": stalls(server, texts, args.calls),
-            "bulk": beside_bulk(server, texts, products, args.bulk_rate, args.bulk_seconds),
+            "bulk": beside_bulk(server, texts, products, args.bulk_seconds),
         }
 
 

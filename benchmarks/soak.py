@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from benchmarks.overload import capacity, offer
+from benchmarks.overload import PATIENT_S, capacity, offer
 from deploy.server import Server, triton
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -52,7 +52,7 @@ def soak(
     with triton(release, log=log) as server, Encoder(settings_of(server)) as encoder:
         rate = LOAD * capacity(server, texts, 2.0)
         with watching(server) as samples:
-            calls = offer(encoder, texts, rate, seconds, 5.0)
+            calls = offer(encoder, texts, rate, seconds, PATIENT_S)
     rows = np.array([sample for sample in samples if sample[0] >= warm_s])
     growth = {
         name: growth_of(rows[:, 0], rows[:, 1 + at])
@@ -74,7 +74,7 @@ def settings_of(server: Server) -> Settings:
 
 
 class watching:
-    """While the block runs: (seconds, bytes resident, handles, bytes in /dev/shm), again and again."""
+    """While the block runs: seconds, bytes resident, handles, bytes in /dev/shm; every EVERY_S."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.samples = server, list[tuple[float, float, float, float]]()

@@ -1,0 +1,154 @@
+"""python -m benchmarks.chaos: what may go wrong, done on purpose to real servers, and counted.
+
+One row a promise, each on the real server under load; `--scale 0.02` does a fiftieth of everything.
+The last line is one JSON object, {"rows": {name: counts}, "ok": whether all promises were kept}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import faults, overload
+from benchmarks.fuzz import fuzz
+from benchmarks.soak import soak
+from benchmarks.workload import built_in_queries, queries_from_csv
+from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import LATEST, triton
+from retrieval_contract.errors import RetrievalError
+
+console = Console(stderr=True)
+Counts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class House:
+    """What every row gets: a release, things to ask for, where the server's log goes."""
+
+    release: Path
+    texts: Sequence[str]
+    products: Sequence[tuple[str, bytes]]
+    log: IO[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One promise: how much of it is done at scale 1, how, and which counts keep it."""
+
+    size: int
+    run: Callable[[House, int], Counts]
+    kept: Callable[[Counts], bool]
+
+
+def none_of(*names: str) -> Callable[[Counts], bool]:
+    """These counts are 0, or empty."""
+    return lambda counts: not any(counts[name] for name in names)
+
+
+def served(scenario: Callable[..., Counts]) -> Callable[[House, int], Counts]:
+    """A scenario of `overload.py` on a server of its own."""
+
+    def run(house: House, size: int) -> Counts:
+        with triton(house.release, log=house.log) as server:
+            more = [house.products] if scenario is overload.beside_bulk else []
+            return scenario(server, house.texts, *more, size)
+
+    return run
+
+
+def scenario(run: Callable[..., Any]) -> Callable[[House, int], Counts]:
+    """One of `faults.py` or `fuzz.py`."""
+    return lambda house, size: asdict(run(house.release, size, log=house.log))
+
+
+ROWS: dict[str, Row] = {
+    "stub_kills": Row(100, scenario(faults.stub_kills), none_of("wrong", "late_failures")),
+    "server_kills": Row(20, scenario(faults.server_kills), none_of("wrong", "late_failures")),
+    "rolling_restarts": Row(10, scenario(faults.rolling_restart), none_of("wrong", "failed")),
+    "fuzz": Row(10_000, scenario(fuzz), none_of("crashes", "wrong")),
+    "overload": Row(
+        60,
+        served(overload.overload),
+        lambda counts: counts["goodput"] >= 0.9 and not counts["hanging"],
+    ),
+    "stalls": Row(5000, served(overload.stalls), none_of("stalled")),
+    "bulk": Row(
+        60,
+        served(overload.beside_bulk),
+        lambda counts: counts["p99_ratio"] <= 3 and not counts["failed"],
+    ),
+    "soak": Row(
+        1200,
+        lambda house, size: soak(house.release, house.texts, size, size / 4, house.log),
+        none_of("grew"),
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
+    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
+    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
+    top.add_argument("--row", action="append", choices=list(ROWS), help="default: all")
+    top.add_argument("--scale", type=float, default=1.0, help="of the trials and seconds")
+    top.add_argument("--log", type=Path, default=Path("build/chaos.log"), help="of the servers")
+    return top
+
+
+def run(args: argparse.Namespace) -> dict[str, Counts]:
+    """The rows, one after the other; one that raises counts as broken and says why."""
+    texts = queries_from_csv(args.queries) if args.queries else built_in_queries()
+    source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
+    found: dict[str, Counts] = {}
+    with args.log.open("w", encoding="utf-8") as log:
+        house = House(args.release, texts, overload.products_of(source), log)
+        for name in args.row or ROWS:
+            row, start = ROWS[name], time.monotonic()
+            try:
+                counts = row.run(house, max(1, round(row.size * args.scale)))
+                found[name] = {**counts, "kept": row.kept(counts)}
+            except RetrievalError as exc:
+                found[name] = {"error": str(exc), "kept": False}
+            console.print(f"{name}: {time.monotonic() - start:.0f} s, {found[name]}", markup=False)
+    return found
+
+
+def show(found: Mapping[str, Counts]) -> None:
+    """One line a row."""
+    table = Table(title="chaos")
+    for column in ("row", "kept", "counts"):
+        table.add_column(column)
+    for name, counts in found.items():
+        said = ", ".join(
+            f"{k} {v}" for k, v in counts.items() if k != "kept" and isinstance(v, int | float)
+        )
+        table.add_row(name, "yes" if counts["kept"] else "NO", said)
+    console.print(table)
+
+
+def main() -> None:
+    """Command line; exit code 1 when a promise was not kept."""
+    args = parser().parse_args()
+    try:
+        found = run(args)
+    except RetrievalError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+    show(found)
+    ok = all(counts["kept"] for counts in found.values())
+    print(json.dumps({"rows": found, "ok": ok}))
+    sys.exit(not ok)
+
+
+if __name__ == "__main__":
+    main()
