@@ -79,10 +79,11 @@ EXPOSE 8000 8001 8002
 # (docker stop --time 40).
 STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go
-# through every step of both ensembles.
+# through every step of both ensembles; the query is a new one each time, should there be a cache.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=900s --retries=3 \
     CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]} \
+          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready", \
+         "-d", "@/proc/sys/kernel/random/uuid", "-d", "\"]} \
           ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
          "--next", "-fsS", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
           {\"name\":\"title\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]}, \

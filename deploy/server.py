@@ -18,6 +18,7 @@ from typing import IO
 from deploy.logs import LastWords
 from deploy.security import Tls, control_flags, new_key, own_settings
 from deploy.stopping import DRAIN_S, stop, undisturbed
+from deploy.tuning import Profile, lay_over
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -117,9 +118,9 @@ def command(
     ports: Ports,
     target: Target,
     shm_prefix: str,
-    security: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> list[str]:
-    """The server's command line; `security` is what `deploy/security.py` says."""
+    """The server's command line; `more` is what security and the profile say."""
     flags: dict[str, object] = {
         "model-repository": repository,
         "model-config-name": target,
@@ -140,7 +141,7 @@ def command(
     bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     binary = str(wheel.triton / "bin" / "tritonserver")
     settings = [f"--{name}={value}" for name, value in flags.items()]
-    return [*bound, binary, "--disable-auto-complete-config", *settings, *security]
+    return [*bound, binary, "--disable-auto-complete-config", *settings, *more]
 
 
 @contextlib.contextmanager
@@ -153,12 +154,14 @@ def triton(
     log: IO[str] = sys.stderr,
     tls: Tls | None = None,
     control_key: str | None = None,
+    profile: Profile | None = None,
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
     The server leads a process group of its own, so Ctrl-C reaches us first and it can drain;
     whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
-    start, with the lines of its log that say why.
+    start, with the lines of its log that say why. Without a `profile` the configs are those of
+    the release.
     """
     wheel = find_wheel(server_python)
     release = check_release(release_folder, Target.LOCAL)
@@ -169,7 +172,8 @@ def triton(
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
         security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
-        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
+        more = security + lay_over(profile or Profile(), repository)
+        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, more)
         process = _start(wheel, args)
         try:
             words = LastWords(process, log)

@@ -29,6 +29,7 @@ from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_contract import models
 from retrieval_contract.errors import ServerError
+from retrieval_contract.tensors import Ensemble
 
 EVERY_S = 0.5
 """Between two looks."""
@@ -88,6 +89,8 @@ class Supervisor(threading.Thread):
         super().__init__(name="supervisor", daemon=True)
         self.process, self.settings, self.say, self.hung_s = process, settings, say, hung_s
         self.expected = Counter(stub.model for stub in stubs_of(process.pid))
+        cache = [models.QUERY_CACHED] * (models.QUERY_UNCACHED in self.expected)
+        self._ensembles = [*cache, *(ensemble.name for ensemble in models.ENSEMBLES)]
         self._metadata = [(f"triton-grpc-protocol-{HEADER}", control_key)]
         self._over = threading.Event()
         self._unanswered: dict[str, tuple[float, int]] = {}
@@ -102,7 +105,9 @@ class Supervisor(threading.Thread):
         with channel_to(self.settings) as channel, Encoder(self.settings) as encoder:
             self.stub = GRPCInferenceServiceStub(channel)
             asks = {
-                models.QUERY_ENCODER: lambda: encoder.encode_queries(["alive"], timeout_s=ASK_S),
+                models.QUERY_ENCODER: lambda: encoder.encode_queries(
+                    ["alive"], timeout_s=ASK_S, fresh=True
+                ),
                 models.PRODUCT_ENCODER: lambda: encoder.encode_products(
                     ["alive"], [b""], timeout_s=ASK_S
                 ),
@@ -110,14 +115,21 @@ class Supervisor(threading.Thread):
             while not self._over.wait(EVERY_S) and self.process.poll() is None:
                 self._revive_dead()
                 for ensemble, ask in asks.items():
-                    self._judge(ensemble.name, [m.name for m in ensemble.steps], ask)
+                    self._judge(ensemble.name, self._processes(ensemble), ask)
+
+    def _processes(self, ensemble: Ensemble) -> list[str]:
+        """The models behind an ensemble that have processes: what answers from memory does not."""
+        names = [ensemble.name, *(model.name for model in ensemble.steps)]
+        if ensemble is models.QUERY_ENCODER:
+            names.append(models.QUERY_UNCACHED)
+        return [name for name in names if name in self.expected]
 
     def _revive_dead(self) -> None:
         alive = Counter(stub.model for stub in stubs_of(self.process.pid))
         for model in self.expected - alive:
             self._reload(model, "a process of it had died")
 
-    def _judge(self, ensemble: str, steps: list[str], ask: Callable[[], object]) -> None:
+    def _judge(self, ensemble: str, parts: list[str], ask: Callable[[], object]) -> None:
         """Ask; a model that is silent for long and gets nothing done is killed."""
         try:
             ask()
@@ -125,14 +137,14 @@ class Supervisor(threading.Thread):
         except (
             ServerError
         ):  # too late, or "not healthy" of a process that is there but stands still
-            done = self._done([ensemble, *steps])
+            done = self._done(parts)
             since, before = self._unanswered.setdefault(ensemble, (time.monotonic(), done))
             if done != before:
                 self._unanswered[ensemble] = (time.monotonic(), done)
             elif time.monotonic() - since > self.hung_s:
                 del self._unanswered[ensemble]
                 for stub in stubs_of(self.process.pid):
-                    if stub.model in (ensemble, *steps):
+                    if stub.model in parts:
                         self.say(f"{stub.model} hangs: killed")
                         kill(stub)
 
@@ -159,11 +171,9 @@ class Supervisor(threading.Thread):
                 if time.monotonic() - start > LOAD_S or self._over.wait(0.02):
                     break
             self._control("RepositoryModelLoad", pb.RepositoryModelLoadRequest, model)
-            for ensemble in models.ENSEMBLES:  # what it is a part of comes back with it, or not
-                if not self.stub.ModelReady(pb.ModelReadyRequest(name=ensemble.name)).ready:
-                    self._control(
-                        "RepositoryModelLoad", pb.RepositoryModelLoadRequest, ensemble.name
-                    )
+            for name in self._ensembles:  # what it is a part of comes back with it, or not
+                if not self.stub.ModelReady(pb.ModelReadyRequest(name=name)).ready:
+                    self._control("RepositoryModelLoad", pb.RepositoryModelLoadRequest, name)
             for stub in old:  # of a model with a dead process Triton forgets the others
                 kill(stub)
             self.say(f"{model}: {why}; loaded again in {time.monotonic() - start:.1f} s")
