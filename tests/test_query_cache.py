@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from rich.console import Console
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -24,7 +25,6 @@ from deploy.server import Server, triton
 from deploy.supervisor import stubs_of
 from deploy.tuning import Profile
 from export.config_from_contract import config_from_text
-from export.publish import publish
 from retrieval_client import Encoder
 from retrieval_client.channel import channel_to
 from retrieval_client.spelling import query_bytes
@@ -32,10 +32,10 @@ from retrieval_contract import models
 from retrieval_contract.errors import Reason, RetrievalError, ServerError
 from retrieval_contract.preprocess import text_from_bytes
 from retrieval_contract.probes import Probes
+from retrieval_contract.release import Release
 from tests.hostile import Wire, prefixed, request
-from tests.tiny import tiny_make
 
-Name = models.QUERY_ENCODER.name
+PUBLIC = models.QUERY_ENCODER.name
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ class Control:
         getattr(self.stub, f"RepositoryModel{kind}")(asked, metadata=key, timeout=60)
 
 
-def asked(text: bytes, *outputs: str, model: str = Name, rows: int = 1) -> pb.ModelInferRequest:
+def asked(text: bytes, *outputs: str, model: str = PUBLIC, rows: int = 1) -> pb.ModelInferRequest:
     return request(model, ("query", "BYTES", [rows, 1], prefixed(text)), outputs=outputs)
 
 
@@ -169,18 +169,43 @@ def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path)
         assert (encoder.encode_queries(["asked before"]).vector(0) == before).all()
         control.change("Unload", models.QUERY_UNCACHED)
         time.sleep(0.5)
-        for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, Name):
+        for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, PUBLIC):
             control.change("Load", name)
         found = encoder.encode_queries(["asked while it is dead"]).vector(0)
         right = encoder.encode_queries(["asked while it is dead"], fresh=True).vector(0)
         np.testing.assert_allclose(found, right, atol=1e-5)
+        # Asked to stop, a server that has lost a process waits half a minute for it.
+        os.killpg(server.process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def two_releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Equal in form and other in weights."""
-    folder = tmp_path_factory.mktemp("releases")
-    return [publish(tiny_make(16, seed), folder, Console(quiet=True)) for seed in (0, 1)]
+def negated(release: Path, releases: Path) -> Path:
+    """A release of its own whose vectors are all the opposite of another's."""
+    old = Release.load(release)
+    new = dataclasses.replace(old, hashes=old.hashes | {"weights": "the opposite"})
+    folder = releases / new.release_id
+    shutil.copytree(release, folder, copy_function=shutil.copyfile)
+    new.save(folder)
+    probes = Probes.load(folder)
+    dataclasses.replace(
+        probes,
+        release_id=new.release_id,
+        query_vectors=-probes.query_vectors,
+        product_vectors=-probes.product_vectors,
+    ).save(folder)
+    for path in folder.rglob("*.pbtxt"):
+        text = path.read_text().replace(old.release_id, new.release_id)
+        path.write_text(text.replace(str(old.version), str(new.version)))
+    for entry in (folder / "model_repository").iterdir():
+        (entry / str(old.version)).rename(entry / str(new.version))
+    for tower in models.TOWERS:
+        path = folder / "model_repository" / tower.name / str(new.version) / models.ONNX_FILE
+        graph = onnx.load(path)
+        (out,) = tower.outputs
+        for node in graph.graph.node:
+            node.output[:] = ["opposite" if name == out.name else name for name in node.output]
+        graph.graph.node.append(onnx.helper.make_node("Neg", ["opposite"], [out.name]))
+        onnx.save(graph, path)
+    return folder
 
 
 def replace(server: Server, release: Path) -> None:
@@ -200,10 +225,12 @@ def replace(server: Server, release: Path) -> None:
 
 
 def test_another_release_never_gives_the_answers_of_the_one_before(
-    two_releases: list[Path], tmp_path: Path
+    release_folder: Path, tmp_path: Path
 ) -> None:
     """Loaded in the place of the first, under load, in the same server with the same cache."""
-    probes = {release.name: Probes.load(release) for release in two_releases}
+    old, new = release_folder, negated(release_folder, tmp_path)
+    probe = Probes.load(old)
+    probes = {release.name: Probes.load(release) for release in (old, new)}
     seen: dict[str, int] = dict.fromkeys(probes, 0)
     wrong, over = [], threading.Event()
 
@@ -219,8 +246,6 @@ def test_another_release_never_gives_the_answers_of_the_one_before(
                     wrong.append((found.served.release_id, row))
                 seen[found.served.release_id] += 1
 
-    old, new = two_releases
-    probe = probes[old.name]
     with triton(old, log=(tmp_path / "log").open("w"), profile=Profile(query_cache_mb=8)) as server:
         threads = [threading.Thread(target=ask, args=(row,)) for row in range(4)]
         for thread in threads:
@@ -252,5 +277,5 @@ def test_the_pages_of_a_cached_repository_are_valid(release_folder: Path, tmp_pa
         if config_from_text(path.read_text()).response_cache.enable
     ]
     assert enabled == [models.QUERY_CACHED]
-    source = release_folder / "model_repository" / Name / "config.pbtxt"
-    assert parse(source.read_text())["name"] == f'"{Name}"'
+    source = release_folder / "model_repository" / PUBLIC / "config.pbtxt"
+    assert parse(source.read_text())["name"] == f'"{PUBLIC}"'
