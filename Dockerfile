@@ -75,11 +75,12 @@ RUN python3 -m deploy.versions --tag "${TRITON_TAG}" \
 USER 1001
 VOLUME /cache
 EXPOSE 8000 8001 8002
-# Triton finishes what waits for a tower, then exits with 0: give it longer than its own 30 seconds
-# (docker stop --time 40).
+# The entry point waits until nothing is computed (5 s at most), then has Triton finish what waits
+# for a tower; killed after 40 more. Give it that long (docker stop --time 50).
 STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go
 # through every step of both ensembles; the query is a new one each time, should there be a cache.
+# The entry point mends what it can: this is for what it cannot, such as a machine that is too slow.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=900s --retries=3 \
     CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
           {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready", \

@@ -34,6 +34,7 @@ from deploy.query_cache import MEBIBYTE, RISK
 from deploy.server import LATEST, Server, triton
 from deploy.tuning import Profile
 from retrieval_client.encoder import UNCACHED, Encoder
+from retrieval_client.settings import Settings
 from retrieval_client.spelling import query_bytes
 from retrieval_contract import models
 from retrieval_contract.errors import RetrievalError
@@ -114,7 +115,7 @@ def check(release: Path, size_mb: int, stream: Sequence[str], predicted: float) 
     with (
         log.open("w", encoding="utf-8") as lines,
         triton(release, log=lines, profile=Profile(query_cache_mb=size_mb)) as server,
-        Encoder(server.settings) as encoder,
+        Encoder(Settings(triton=server.grpc_address)) as encoder,
         ThreadPoolExecutor(IN_FLIGHT // 2) as pool,
     ):
         encoder.served()

@@ -1,28 +1,39 @@
 """python3 -m deploy.container: how the serve image starts.
 
 Says whether the image's versions belong together, makes engines for the GPU at hand or takes them
-from the cache, and becomes Triton on what came of that. Arguments that it does not know are
-Triton's.
+from the cache, and keeps Triton running on what came of that: a model or server that dies or hangs
+is started again. SIGTERM drains. Arguments that it does not know are Triton's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.door import Door
 from deploy.engines.__main__ import add_missing_flag, find_ready
 from deploy.engines.ready import Missing
+from deploy.instance import Instance, kept_flags
 from deploy.query_cache import add_cache_flag
-from deploy.stopping import DRAIN_S
+from deploy.security import new_key, read_key
+from deploy.stopping import Stopped, listen, reap
+from deploy.supervisor import HUNG_S, Supervisor, say
 from deploy.tuning import Profile, add_profile_flag, lay_over, profile_from
 from deploy.versions import TRITON_HOME, check_versions
-from retrieval_contract.errors import RetrievalError
+from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
+from retrieval_contract.probes import Probes
+
+EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
+READY_S = 900.0
+"""As long as the image's health check gives it."""
+REAP_S = 1.0
 
 
 def triton_command(release: Path, target: Target, more: Sequence[str]) -> list[str]:
@@ -31,23 +42,37 @@ def triton_command(release: Path, target: Target, more: Sequence[str]) -> list[s
         str(TRITON_HOME / "bin" / "tritonserver"),
         f"--model-repository={release / 'model_repository'}",
         f"--model-config-name={target}",
-        "--disable-auto-complete-config",
-        f"--exit-timeout-secs={DRAIN_S}",
         *more,
     ]
 
 
-def fitted(release: Path, profile: Profile | None) -> tuple[Path, list[str]]:
-    """The release with its configs as a profile says, and Triton's flags for it.
+def fitted(release: Path, profile: Profile) -> tuple[Path, list[str]]:
+    """A release's repository with its configs as a profile says, and Triton's flags for it.
 
     Laid over links in a temporary folder, which ends with the container.
     """
-    if profile is None:
-        return release, []
     home = Path(tempfile.mkdtemp(prefix="retrieval-"))
     source = (release / "model_repository").resolve()
     repository = shutil.copytree(source, home / "model_repository", copy_function=os.symlink)
     return home, lay_over(profile, repository)
+
+
+def keep(instance: Instance, hung_s: float) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit code. DeployError when it cannot be kept alive."""
+    supervisor = None
+    try:
+        instance.start()
+        supervisor = Supervisor(instance, say, hung_s)
+        supervisor.start()
+        while not supervisor.wait(REAP_S):
+            reap(instance.process.pid)
+    except Stopped:
+        pass
+    finally:
+        if supervisor is not None:
+            supervisor.stop()
+        code = instance.stop()
+    return code if code >= 0 else 128 - code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,22 +85,55 @@ def parser() -> argparse.ArgumentParser:
     add_profile_flag(top)
     add_cache_flag(top)
     top.add_argument("--tag", default=os.environ.get("TRITON_TAG", ""), help="of NVIDIA's image")
+    top.add_argument("--http-address", default=EVERYWHERE)
+    top.add_argument("--http-port", type=int, default=8000)
+    top.add_argument("--control-key-file", type=Path, help="as that of deploy.local")
+    top.add_argument("--hung-s", type=float, default=HUNG_S, help="then a silent model is killed")
     return top
 
 
+def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
+    """What these flags ask for, not yet started; DeployError when it could not be watched."""
+    if any(flag.replace("=", " ").split() == ["--allow-http", "false"] for flag in more):
+        raise DeployError(
+            "--allow-http=false: expected HTTP, by which the server is watched; "
+            f"keep it to this container with --http-address={LOOPBACK}"
+        )
+    release, target = args.release, Target(args.target)
+    if target is Target.GPU:
+        ready = find_ready(release, args.cache, Missing(args.missing))
+        release, target = ready.release, ready.target
+    key = read_key(args.control_key_file) if args.control_key_file else new_key()
+    shm_prefix = f"retrieval-triton-{secrets.token_hex(4)}-"
+    asked_at = LOOPBACK if args.http_address == EVERYWHERE else args.http_address
+    listening = [f"--http-address={args.http_address}", f"--http-port={args.http_port}"]
+    flags = [*kept_flags(shm_prefix, key), *listening, *more]
+    probes, profile = Probes.load(release), profile_from(args)
+    if profile:
+        release, fitting = fitted(release, profile)
+        flags += fitting
+    return Instance(
+        triton_command(release, target, flags),
+        os.environ,
+        shm_prefix,
+        Door(asked_at, args.http_port, key, cached=bool(profile and profile.query_cache_mb)),
+        (),
+        probes,
+        sys.stderr,
+        READY_S,
+    )
+
+
 def main() -> None:
-    """Command line; does not return where all is well."""
+    """Command line: serve until SIGTERM."""
     args, more = parser().parse_known_args()
+    listen()
     try:
         print(check_versions(args.tag), file=sys.stderr)
-        release, target = args.release, Target(args.target)
-        if target is Target.GPU:
-            ready = find_ready(release, args.cache, Missing(args.missing))
-            release, target = ready.release, ready.target
-        release, flags = fitted(release, profile_from(args))
-        command = triton_command(release, target, [*flags, *more])
         sys.stderr.flush()
-        os.execv(command[0], command)
+        raise SystemExit(keep(instance_of(args, more), args.hung_s))
+    except Stopped as exc:  # before there was a server
+        raise SystemExit(128 + exc.args[0]) from None
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
     except OSError as exc:  # no Triton here, or a cache that cannot be written

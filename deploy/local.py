@@ -9,19 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
-from deploy.stopping import SIGNALS
-from deploy.supervisor import HUNG_S, Supervisor
+from deploy.stopping import Stopped, listen
+from deploy.supervisor import HUNG_S, Supervisor, say
 from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
@@ -29,16 +26,6 @@ from retrieval_contract.errors import DeployError, RetrievalError
 
 COMMAND_STOP_S = 5.0
 """What a `--run` command gets between SIGTERM and SIGKILL."""
-
-
-class Stopped(KeyboardInterrupt):
-    """We were asked to stop; holds the number of the signal."""
-
-
-def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # no second one before `undisturbed`, nor after
-    raise Stopped(signum)
 
 
 def _run_beside(server: Server, args: Sequence[str]) -> int:
@@ -93,8 +80,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Command line: serve until Ctrl-C or SIGTERM."""
     args = parser().parse_args()
-    for number in SIGNALS:
-        signal.signal(number, _raise_stopped)
+    listen()
     try:
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
         with triton(
@@ -107,11 +93,10 @@ def main() -> None:
             profile=profile_from(args),
         ) as server:
             _announce(server)
-            with supervised(server, args.hung_s):
+            with supervised(server, args.hung_s) as supervisor:
                 if args.run:
                     raise SystemExit(_run_beside(server, args.run))
-                code = server.process.wait()
-            raise DeployError(f"Triton exited by itself with code {code}; see its log above")
+                supervisor.wait()
     except Stopped as exc:
         print("stopped", file=sys.stderr)
         if args.run:  # its caller must not take it for done
@@ -121,18 +106,12 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def supervised(server: Server, hung_s: float) -> Iterator[None]:
-    """While the block runs, models that die or hang are loaded again."""
-    supervisor = Supervisor(
-        server.process,
-        server.settings,
-        server.control_key,
-        lambda line: print(f"supervisor: {line}", file=sys.stderr, flush=True),
-        hung_s,
-    )
+def supervised(server: Server, hung_s: float) -> Iterator[Supervisor]:
+    """While the block runs, what dies or hangs is started again."""
+    supervisor = Supervisor(server.instance, say, hung_s)
     supervisor.start()
     try:
-        yield
+        yield supervisor
     finally:
         supervisor.stop()
 

@@ -10,7 +10,6 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from retrieval_client.settings import Settings
 from retrieval_contract.errors import DeployError
 
 CONTROLS = ("model-repository", "shared-memory", "trace", "logging")
@@ -69,12 +68,3 @@ def read_key(path: Path) -> str:
     if not key or len(key.split()) != 1:
         raise DeployError(f"{path}: expected one word, the key; write it there")
     return key
-
-
-def own_settings(address: str, tls: Tls | None) -> Settings:
-    """How the launcher itself asks the server: it holds the server's own certificate."""
-    plain = Settings(triton=address)
-    if tls is None:
-        return plain
-    root, cert = str(tls.root or tls.cert), str(tls.cert)
-    return plain.override(tls_ca=root, tls_cert=cert, tls_key=str(tls.key), tls_name=tls.name)

@@ -9,28 +9,24 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deploy.logs import LastWords
-from deploy.security import Tls, control_flags, new_key, own_settings
-from deploy.stopping import DRAIN_S, stop, undisturbed
+from deploy.door import Door
+from deploy.instance import ASK_S, Instance, kept_flags
+from deploy.security import Tls, new_key
 from deploy.tuning import Profile, lay_over
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
-from retrieval_client.encoder import Encoder
-from retrieval_client.settings import Settings
 from retrieval_contract import models
-from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError
+from retrieval_contract.errors import DeployError
 from retrieval_contract.models import Target
 from retrieval_contract.probes import Probes
 from retrieval_contract.release import Release
 
 LATEST = ROOT / "build" / "releases" / "latest"
 LOOPBACK = "127.0.0.1"
-READY_TIMEOUT_S = 120.0
 TOWER_FILES = {
     Target.GPU: [models.PLAN_FILE],
     Target.CPU: [models.ONNX_FILE],
@@ -49,15 +45,18 @@ class Ports:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it listens, what it serves, and its process."""
+    """A running server: where it listens, what it serves, and how it is started again."""
 
     host: str
     ports: Ports
     release: Release
     triton: str
-    process: subprocess.Popen[str]
-    settings: Settings
-    control_key: str = field(repr=False)
+    instance: Instance = field(repr=False)
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """Its present process."""
+        return self.instance.process
 
     @property
     def grpc_address(self) -> str:
@@ -117,31 +116,23 @@ def command(
     host: str,
     ports: Ports,
     target: Target,
-    shm_prefix: str,
-    more: Sequence[str] = (),
+    more: Sequence[str],
 ) -> list[str]:
-    """The server's command line; `more` is what security and the profile say."""
+    """The server's command line; `more` is how it is kept, who may ask, and the profile."""
     flags: dict[str, object] = {
         "model-repository": repository,
         "model-config-name": target,
         "backend-directory": backends,
         "cache-directory": wheel.triton / "caches",
-        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
-        "exit-timeout-secs": DRAIN_S,
-        # So that a model that has died can be loaded again, by who has the control key.
-        "model-control-mode": "explicit",
-        "load-model": "*",
     }
     for protocol in ("grpc", "http", "metrics"):
         flags[f"{protocol}-address"] = host
         flags[f"{protocol}-port"] = getattr(ports, protocol)
-    # Should we be killed outright, the kernel stops the server: it must not keep the ports.
-    bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
     binary = str(wheel.triton / "bin" / "tritonserver")
     settings = [f"--{name}={value}" for name, value in flags.items()]
-    return [*bound, binary, "--disable-auto-complete-config", *settings, *more]
+    return [binary, *settings, *more]
 
 
 @contextlib.contextmanager
@@ -158,10 +149,9 @@ def triton(
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
-    The server leads a process group of its own, so Ctrl-C reaches us first and it can drain;
-    whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
-    start, with the lines of its log that say why. Without a `profile` the configs are those of
-    the release.
+    Whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
+    start, with the lines of its log that say why, and ReleaseMismatch when it gives other vectors.
+    Without a `profile` the configs are those of the release.
     """
     wheel = find_wheel(server_python)
     release = check_release(release_folder, Target.LOCAL)
@@ -171,40 +161,34 @@ def triton(
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
-        security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
-        more = security + lay_over(profile or Profile(), repository)
-        args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, more)
-        process = _start(wheel, args)
+        profile = profile or Profile()
+        more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
+        more += lay_over(profile, repository)
+        args = command(wheel, backends, repository, host, ports, Target.LOCAL, more)
+        instance = Instance(
+            args,
+            _environment(wheel),
+            shm_prefix,
+            Door(host, ports.http, control_key, cached=bool(profile.query_cache_mb)),
+            (ports.grpc, ports.metrics),
+            Probes.load(release_folder),
+            log,
+        )
         try:
-            words = LastWords(process, log)
-            settings = own_settings(f"{host}:{ports.grpc}", tls)
-            version = _wait_ready(process, settings, ports, words, Probes.load(release_folder))
-            yield Server(host, ports, release, version, process, settings, control_key)
+            instance.start()
+            yield Server(host, ports, release, instance.door.version(ASK_S), instance)
         finally:
-            with undisturbed(process):
-                stop(process)
-                for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
-                    region.unlink(missing_ok=True)
-                shutil.rmtree(scratch, ignore_errors=True)
+            instance.stop(lambda: shutil.rmtree(scratch, ignore_errors=True))
 
 
-def _start(wheel: Wheel, args: list[str]) -> subprocess.Popen[str]:
-    """The server's process, in a group of its own, its log on a pipe."""
-    # The stub finds its packages as `python3` on PATH would.
+def _environment(wheel: Wheel) -> dict[str, str]:
+    """The stub finds its packages as `python3` on PATH would."""
     env = os.environ | {
         "LD_LIBRARY_PATH": wheel.libraries,
         "PATH": f"{wheel.python.parent}:{os.environ['PATH']}",
     }
     env.pop("PYTHONPATH", None)
-    return subprocess.Popen(
-        args,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    return env
 
 
 def _backends(wheel: Wheel, scratch: Path) -> Path:
@@ -224,40 +208,3 @@ def _linked(repository: Path, scratch: Path) -> Path:
         repository.resolve(), scratch / "model_repository", copy_function=os.symlink
     )
     return linked
-
-
-def _wait_ready(
-    process: subprocess.Popen[str],
-    settings: Settings,
-    ports: Ports,
-    words: LastWords,
-    probes: Probes,
-) -> str:
-    """Wait for the golden probes, and for the doors that open last; returns "triton <version>".
-
-    A server that gives other vectors is not ready: ReleaseMismatch.
-    """
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    problem = ""
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DeployError(
-                f"Triton exited with code {process.returncode} while starting; its "
-                f"last words:\n{words.read()}"
-            )
-        try:
-            with Encoder(settings) as encoder:
-                encoder.probe(probes)
-                for port in (ports.http, ports.metrics):
-                    host = settings.triton.rpartition(":")[0]
-                    socket.create_connection((host, port), timeout=1.0).close()
-                return encoder.server_version()
-        except ReleaseMismatch:
-            raise  # waiting does not make other weights right
-        except (RetrievalError, OSError) as exc:
-            problem = str(exc)
-            time.sleep(0.2)
-    raise DeployError(
-        f"Triton was not ready after {READY_TIMEOUT_S:.0f} s ({problem}); its last "
-        f"words:\n{words.read()}"
-    )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 QUIET_S = 5.0
 """How long a stop waits for the server to fall quiet before it stops it all the same."""
@@ -19,6 +20,31 @@ QUIET_STEP_S, QUIET_CPU_S = 0.2, 0.02
 DRAIN_S = 30
 """What Triton gives its queues after SIGTERM; 10 s later it is killed."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """We were asked to stop; holds the number of the signal."""
+
+
+def listen() -> None:
+    """From now on SIGNALS raise Stopped in the main thread, once."""
+    for number in SIGNALS:
+        signal.signal(number, _raise_stopped)
+
+
+def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # no second one before `undisturbed`, nor after
+    raise Stopped(signum)
+
+
+def reap(ours: int) -> None:
+    """Let orphans go that have ended: process 1 inherits them. `ours` is waited for elsewhere."""
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid == ours:
+                return
+            os.waitpid(found.si_pid, 0)
 
 
 def stop(process: subprocess.Popen[str]) -> None:

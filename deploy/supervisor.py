@@ -1,34 +1,28 @@
-"""Watches a Triton that never watches itself.
+"""Watches a Triton that never watches itself, and starts it again when it is beyond mending.
 
 Triton 2.51 does not start a dead Python model again, and goes on calling itself and the model
 ready. So the processes are counted and real inferences are asked for; what has died is loaded anew,
-and a model that neither answers nor gets on is killed first.
+and a model that neither answers nor gets on is killed first. Where that does not help, or the
+server itself has ended, all of it is started again on the same ports, with growing pauses, a few
+times and no more.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import grpc
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
-
-from deploy.security import HEADER
-from retrieval_client.channel import channel_to
-from retrieval_client.encoder import Encoder
-from retrieval_client.settings import Settings
+from deploy.door import ALIVE
+from deploy.instance import Instance
+from deploy.stubs import SHARED_MEMORY, kill, stubs_of, sweep
 from retrieval_contract import models
-from retrieval_contract.errors import ServerError
+from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError, ServerError
 from retrieval_contract.tensors import Ensemble
 
 EVERY_S = 0.5
@@ -38,148 +32,217 @@ ASK_S = 2.0
 HUNG_S = 15.0
 """So long unanswered, and nothing of that model done meanwhile: it hangs. A queue is no hang."""
 LOAD_S = 30.0
-STUB = "triton_python_backend_stub"
+RELOADS = 3
+"""Attempts to load one model again, in a row, before the whole server is started again."""
+SCARCE = 8 * 2**20
+"""Bytes of shared memory: with less, requests of a few pictures begin to fail."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Stub:
-    """One process of a Python model."""
+class Restarts:
+    """At most `most` in `within_s`; the first at once, then a pause that doubles."""
 
-    pid: int
-    model: str
+    most: int = 5
+    within_s: float = 600.0
+    pause_s: float = 1.0
 
-
-def stubs_of(group: int) -> list[Stub]:
-    """The Python models' processes in a process group, proc(5); a zombie is none."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            if os.getpgid(int(process.name)) != group:
-                continue
-            program, _, rest = (process / "cmdline").read_bytes().partition(b"\0")
-            # <repository>/<model>/<version>/model.py; one that is starting may have no words yet
-            parts = Path(rest.partition(b"\0")[0].decode()).parts
-            if program.endswith(STUB.encode()) and len(parts) > 2:
-                found.append(Stub(int(process.name), parts[-3]))
-    return found
-
-
-def kill(stub: Stub) -> None:
-    """At once, if it still runs."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(stub.pid, signal.SIGKILL)
+    def pause_after(self, recent: int) -> float:
+        """Before the next start, when there were so many."""
+        return self.pause_s * 2 ** (recent - 1) if recent else 0.0
 
 
 class Supervisor(threading.Thread):
-    """Looks after one server process until it ends or `stop` is called.
+    """Looks after one server until `stop` is called, or until it gives up.
 
     `say` gets one line for each thing that was mended, or could not be.
     """
 
     def __init__(
         self,
-        process: subprocess.Popen[str],
-        settings: Settings,
-        control_key: str,
+        instance: Instance,
         say: Say,
         hung_s: float = HUNG_S,
+        restarts: Restarts | None = None,
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
-        self.process, self.settings, self.say, self.hung_s = process, settings, say, hung_s
-        self.expected = Counter(stub.model for stub in stubs_of(process.pid))
-        cache = [models.QUERY_CACHED] * (models.QUERY_UNCACHED in self.expected)
-        self._ensembles = [*cache, *(ensemble.name for ensemble in models.ENSEMBLES)]
-        self._metadata = [(f"triton-grpc-protocol-{HEADER}", control_key)]
-        self._over = threading.Event()
-        self._unanswered: dict[str, tuple[float, int]] = {}
+        self.instance, self.door = instance, instance.door
+        self.say, self.hung_s, self.restarts = say, hung_s, restarts or Restarts()
+        self._over, self._ended = threading.Event(), threading.Event()
+        self._failure: RetrievalError | None = None
+        self._starts: list[float] = []
+        self._scarce = False
+        self._forget()
 
     def stop(self) -> None:
-        """Look no more; returns when the last look is over."""
+        """Mend and start nothing more; whoever stops the server need not wait for the thread."""
         self._over.set()
-        self.join()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is over by then; raises DeployError or ReleaseMismatch when it gave up."""
+        ended = self._ended.wait(timeout_s)
+        if self._failure is not None:
+            raise self._failure
+        return ended
 
     def run(self) -> None:
         """See the class."""
-        with channel_to(self.settings) as channel, Encoder(self.settings) as encoder:
-            self.stub = GRPCInferenceServiceStub(channel)
-            asks = {
-                models.QUERY_ENCODER: lambda: encoder.encode_queries(
-                    ["alive"], timeout_s=ASK_S, fresh=True
-                ),
-                models.PRODUCT_ENCODER: lambda: encoder.encode_products(
-                    ["alive"], [b""], timeout_s=ASK_S
-                ),
-            }
-            while not self._over.wait(EVERY_S) and self.process.poll() is None:
-                self._revive_dead()
-                for ensemble, ask in asks.items():
-                    self._judge(ensemble.name, self._processes(ensemble), ask)
-
-    def _processes(self, ensemble: Ensemble) -> list[str]:
-        """The models behind an ensemble that have processes: what answers from memory does not."""
-        names = [ensemble.name, *(model.name for model in ensemble.steps)]
-        if ensemble is models.QUERY_ENCODER:
-            names.append(models.QUERY_UNCACHED)
-        return [name for name in names if name in self.expected]
-
-    def _revive_dead(self) -> None:
-        alive = Counter(stub.model for stub in stubs_of(self.process.pid))
-        for model in self.expected - alive:
-            self._reload(model, "a process of it had died")
-
-    def _judge(self, ensemble: str, parts: list[str], ask: Callable[[], object]) -> None:
-        """Ask; a model that is silent for long and gets nothing done is killed."""
         try:
-            ask()
-            self._unanswered.pop(ensemble, None)
-        except (
-            ServerError
-        ):  # too late, or "not healthy" of a process that is there but stands still
-            done = self._done(parts)
-            since, before = self._unanswered.setdefault(ensemble, (time.monotonic(), done))
-            if done != before:
-                self._unanswered[ensemble] = (time.monotonic(), done)
-            elif time.monotonic() - since > self.hung_s:
-                del self._unanswered[ensemble]
-                for stub in stubs_of(self.process.pid):
-                    if stub.model in parts:
-                        self.say(f"{stub.model} hangs: killed")
-                        kill(stub)
+            while not self._over.is_set():
+                self._watch()
+                if not self._over.is_set():
+                    self._start_again()
+        except RetrievalError as exc:
+            self._failure = exc
+        except Exception as exc:  # ours: nobody must take it for a server that is looked after
+            self._failure = DeployError(f"the supervisor itself failed: {exc!r}")
+            raise
+        finally:
+            self._ended.set()
+            # The kernel stops a server whose starter has ended (--pdeathsig): that was us.
+            while self.instance.process.poll() is None:
+                time.sleep(EVERY_S)
+
+    # ── the whole server ─────────────────────────────────────────────────────────────────
+    def _watch(self) -> None:
+        """Mend models until the server has ended."""
+        process = self.instance.process
+        while not self._over.wait(EVERY_S) and process.poll() is None:
+            try:
+                self._revive_dead()
+                for ensemble in models.ENSEMBLES:
+                    self._judge(ensemble)
+            except _Lost as lost:
+                self.say(f"{lost}; the whole server is started again")
+                self.instance.kill()
+            self._look_at_memory()
+
+    def _start_again(self) -> None:
+        """Raises DeployError when that has been tried often enough."""
+        code = self.instance.process.wait()
+        self.say(f"Triton is gone ({_ended_by(code)}); its last words stand above")
+        while True:
+            now = time.monotonic()
+            self._starts = [at for at in self._starts if now - at < self.restarts.within_s]
+            if len(self._starts) >= self.restarts.most:
+                raise DeployError(
+                    f"Triton: started again {len(self._starts)} times in "
+                    f"{self.restarts.within_s:.0f} s, and gone again; given up. Its last words:\n"
+                    f"{self.instance.words.read()}"
+                )
+            if self._over.wait(self.restarts.pause_after(len(self._starts))):
+                return
+            self.instance.kill()  # stubs that outlived it, and all their shared memory
+            self._starts.append(time.monotonic())
+            try:
+                self.instance.start()
+            except ReleaseMismatch:
+                self.instance.kill()  # who gives other vectors must not go on answering
+                raise
+            except DeployError as exc:
+                self.say(f"Triton cannot be started again yet: {exc}")
+                continue
+            self._forget()
+            took = time.monotonic() - self._starts[-1]
+            self.say(f"Triton is started again, with the right vectors, in {took:.1f} s")
+            return
+
+    def _forget(self) -> None:
+        """What was known of the processes that are gone."""
+        self.expected = Counter(stub.model for stub in stubs_of(self.instance.process.pid))
+        self._unanswered: dict[str, tuple[float, int]] = {}
+        self._killed: set[str] = set()
+        """Ensembles that have not answered since something of them was killed."""
+        self._reloads: Counter[str] = Counter()
+        """Failed ones, in a row."""
+
+    # ── single models ────────────────────────────────────────────────────────────────────
+    def _revive_dead(self) -> None:
+        alive = Counter(stub.model for stub in stubs_of(self.instance.process.pid))
+        for model in self.expected - alive:
+            if not self._over.is_set() and self.instance.process.poll() is None:
+                self._reload(model, "a process of it had died")
+
+    def _judge(self, ensemble: Ensemble) -> None:
+        """Ask; a model that is silent for long and gets nothing done is killed."""
+        name = ensemble.name
+        try:
+            self.door.encode(ensemble, ALIVE[ensemble], ASK_S)
+            self._unanswered.pop(name, None)
+            self._killed.discard(name)
+            return
+        except ServerError:
+            pass  # too late, or "not healthy" of a process that is there but stands still
+        parts = [self.door.behind(ensemble), *(step.name for step in ensemble.steps)]
+        done = self._done(parts)
+        since, before = self._unanswered.setdefault(name, (time.monotonic(), done))
+        if done != before:
+            self._unanswered[name] = (time.monotonic(), done)
+        elif time.monotonic() - since > self.hung_s and not self._over.is_set():
+            del self._unanswered[name]
+            if name in self._killed:
+                raise _Lost(f"{name} stays silent, though what it runs on was loaded again")
+            self._killed.add(name)
+            for stub in stubs_of(self.instance.process.pid):
+                if stub.model in parts:
+                    self.say(f"{stub.model} hangs: killed")
+                    kill(stub)
 
     def _done(self, names: list[str]) -> int:
-        """Requests that these models have answered well: those given up count as failures."""
         try:
-            reply = self.stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=ASK_S)
-        except grpc.RpcError:
+            return self.door.done(names, ASK_S)
+        except ServerError:
             return -1
-        return sum(
-            model.inference_stats.success.count
-            for model in reply.model_stats
-            if model.name in names
-        )
 
     def _reload(self, model: str, why: str) -> None:
         """Unload, wait until it is gone, load; then what is made of it."""
-        start = time.monotonic()
-        old = [stub for stub in stubs_of(self.process.pid) if stub.model == model]
+        start, group = time.monotonic(), self.instance.process.pid
+        old = [stub for stub in stubs_of(group) if stub.model == model]
         try:
-            self._control("RepositoryModelUnload", pb.RepositoryModelUnloadRequest, model)
-            request = pb.ModelReadyRequest(name=model)
-            while self.stub.ModelReady(request, timeout=ASK_S).ready:
-                if time.monotonic() - start > LOAD_S or self._over.wait(0.02):
-                    break
-            self._control("RepositoryModelLoad", pb.RepositoryModelLoadRequest, model)
-            for name in self._ensembles:  # what it is a part of comes back with it, or not
-                if not self.stub.ModelReady(pb.ModelReadyRequest(name=name)).ready:
-                    self._control("RepositoryModelLoad", pb.RepositoryModelLoadRequest, name)
-            for stub in old:  # of a model with a dead process Triton forgets the others
-                kill(stub)
-            self.say(f"{model}: {why}; loaded again in {time.monotonic() - start:.1f} s")
-        except grpc.RpcError as exc:
-            self.say(f"{model}: {why}; cannot be loaded again yet: {exc.details()}")
+            self.door.unload(model, LOAD_S)
+            while self.door.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
+                if self._over.wait(0.02):
+                    return
+            self.door.load(model, LOAD_S)
+            for name in self.door.ensembles:  # what it is a part of comes back with it, or not
+                if not self.door.ready(name, ASK_S):
+                    self.door.load(name, LOAD_S)
+        except ServerError as exc:
+            if self._over.is_set() or self.instance.process.poll() is not None:
+                return
+            self.say(f"{model}: {why}; cannot be loaded again yet: {exc}")
+            self._reloads[model] += 1
+            if self._reloads[model] >= RELOADS:
+                raise _Lost(f"{model} cannot be loaded again") from exc
+            return
+        for stub in old:  # of a model with a dead process Triton forgets the others
+            kill(stub)
+        del self._reloads[model]
+        sweep(self.instance.shm_prefix, group)
+        self.say(f"{model}: {why}; loaded again in {time.monotonic() - start:.1f} s")
 
-    def _control(self, method: str, request: Any, model: str) -> None:
-        call = getattr(self.stub, method)
-        call(request(model_name=model), metadata=self._metadata, timeout=LOAD_S)
+    def _look_at_memory(self) -> None:
+        """Say once when shared memory runs out: large requests fail then, and others go on."""
+        space = os.statvfs(SHARED_MEMORY)
+        free, size = (blocks * space.f_frsize for blocks in (space.f_bavail, space.f_blocks))
+        if free < SCARCE and not self._scarce:
+            self.say(
+                f"{SHARED_MEMORY} is full ({free >> 20} MiB of {size >> 20} MiB are left): "
+                'requests that need more fail with "Failed to increase the shared memory pool '
+                'size", others go on; free it, or give more (docker run --shm-size)'
+            )
+        self._scarce = free < SCARCE
+
+
+def say(line: str) -> None:
+    """To our log, beside the server's."""
+    print(f"supervisor: {line}", file=sys.stderr, flush=True)
+
+
+class _Lost(Exception):
+    """Loading single models again does not help."""
+
+
+def _ended_by(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -16,7 +16,7 @@ from benchmarks.cache_plan import entry_bytes, hit_rate, lookups, parser, stream
 from deploy.query_cache import MEBIBYTE
 from deploy.server import Server, triton
 from deploy.tuning import Profile
-from retrieval_client import Encoder
+from retrieval_client import Encoder, Settings
 from retrieval_contract.release import Release
 from tests.conftest import ROOT
 
@@ -63,7 +63,7 @@ def test_an_answer_takes_the_memory_that_is_said(release_folder: Path, tmp_path:
     with (
         (tmp_path / "log").open("w") as log,
         triton(release_folder, log=log, profile=Profile(query_cache_mb=1)) as server,
-        Encoder(server.settings) as encoder,
+        Encoder(Settings(triton=server.grpc_address)) as encoder,
     ):
         encoder.served()
         for n in range(expected + 50):

@@ -10,23 +10,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from benchmarks.cache_plan import lookups
 from deploy.pbtxt import parse
 from deploy.query_cache import put_cache_before_queries
-from deploy.security import HEADER
 from deploy.server import Server, triton
-from deploy.supervisor import stubs_of
+from deploy.stubs import stubs_of
 from deploy.tuning import Profile
 from export.config_from_contract import config_from_text
-from retrieval_client import Encoder
-from retrieval_client.channel import channel_to
+from retrieval_client import Encoder, Settings
 from retrieval_client.spelling import query_bytes
 from retrieval_contract import models
 from retrieval_contract.errors import Reason, RetrievalError, ServerError
@@ -47,7 +44,7 @@ def cached(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def encoder(cached: Server) -> Iterator[Encoder]:
-    with Encoder(cached.settings) as connected:
+    with Encoder(Settings(triton=cached.grpc_address)) as connected:
         assert connected.served().cached
         yield connected
 
@@ -56,26 +53,6 @@ def encoder(cached: Server) -> Iterator[Encoder]:
 def wire(cached: Server) -> Iterator[Wire]:
     with Wire(cached) as connected:
         yield connected
-
-
-class Control:
-    """What a server's own launcher may do: look, load and unload."""
-
-    def __init__(self, server: Server) -> None:
-        self.server, self.channel = server, channel_to(server.settings)
-        self.stub = GRPCInferenceServiceStub(self.channel)
-
-    def lookups(self) -> tuple[int, int]:
-        """Hits and misses so far."""
-        name = pb.ModelStatisticsRequest(name=models.QUERY_CACHED)
-        (found,) = self.stub.ModelStatistics(name).model_stats
-        return found.inference_stats.cache_hit.count, found.inference_stats.cache_miss.count
-
-    def change(self, kind: str, model: str) -> None:
-        """`Load` or `Unload` a model."""
-        asked: Any = getattr(pb, f"RepositoryModel{kind}Request")(model_name=model)
-        key = [(f"triton-grpc-protocol-{HEADER}", self.server.control_key)]
-        getattr(self.stub, f"RepositoryModel{kind}")(asked, metadata=key, timeout=60)
 
 
 def asked(text: bytes, *outputs: str, model: str = PUBLIC, rows: int = 1) -> pb.ModelInferRequest:
@@ -92,13 +69,12 @@ BOTH = ["item_status", "query_vector"]
 def test_the_same_text_is_computed_once_however_it_is_spelt(
     cached: Server, encoder: Encoder
 ) -> None:
-    control = Control(cached)
-    hits, misses = control.lookups()
+    hits, misses = lookups(cached)
     spellings = ["one spelling", " one  spelling ", "one\tspelling\n", "one\u00a0spelling"]
     found = [encoder.encode_queries([text]).vector(0) for text in spellings]
-    assert control.lookups() == (hits + 3, misses + 1)
+    assert lookups(cached) == (hits + 3, misses + 1)
     fresh = encoder.encode_queries(["one spelling"], fresh=True).vector(0)
-    assert control.lookups() == (hits + 3, misses + 1), "`fresh` goes past it"
+    assert lookups(cached) == (hits + 3, misses + 1), "`fresh` goes past it"
     assert all((vector == found[0]).all() for vector in found)
     np.testing.assert_allclose(fresh, found[0], atol=1e-5)
 
@@ -117,14 +93,13 @@ def test_a_spelling_means_the_same_to_the_server(text: str) -> None:
 
 
 def test_a_refused_text_is_refused_from_memory_too(cached: Server, encoder: Encoder) -> None:
-    control = Control(cached)
     encoder.encode_queries([""])
-    hits, misses = control.lookups()
+    hits, misses = lookups(cached)
     for _ in range(2):
         (error,) = encoder.encode_queries([""]).errors
         assert error is not None
         assert error.reason is Reason.EMPTY
-    assert control.lookups() == (hits + 2, misses)
+    assert lookups(cached) == (hits + 2, misses)
 
 
 def test_who_wants_one_output_leaves_both_for_the_next(wire: Wire) -> None:
@@ -157,9 +132,8 @@ def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path)
     log = (tmp_path / "log").open("w")
     with (
         triton(release_folder, log=log, profile=Profile(query_cache_mb=8)) as server,
-        Encoder(server.settings) as encoder,
+        Encoder(Settings(triton=server.grpc_address)) as encoder,
     ):
-        control = Control(server)
         before = encoder.encode_queries(["asked before"]).vector(0)
         (stub,) = [s for s in stubs_of(server.process.pid) if s.model == models.QUERY_UNCACHED]
         os.kill(stub.pid, signal.SIGKILL)
@@ -167,10 +141,10 @@ def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path)
             with pytest.raises(ServerError):
                 encoder.encode_queries(["asked while it is dead"])
         assert (encoder.encode_queries(["asked before"]).vector(0) == before).all()
-        control.change("Unload", models.QUERY_UNCACHED)
+        server.instance.door.unload(models.QUERY_UNCACHED, 30)
         time.sleep(0.5)
         for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, PUBLIC):
-            control.change("Load", name)
+            server.instance.door.load(name, 60)
         found = encoder.encode_queries(["asked while it is dead"]).vector(0)
         right = encoder.encode_queries(["asked while it is dead"], fresh=True).vector(0)
         np.testing.assert_allclose(found, right, atol=1e-5)
@@ -218,10 +192,9 @@ def replace(server: Server, release: Path) -> None:
     for entry in fresh.iterdir():
         shutil.rmtree(repository / entry.name)
         entry.rename(repository / entry.name)
-    control = Control(server)
     members = [*(m.name for m in models.MODELS), models.QUERY_UNCACHED, models.QUERY_CACHED]
     for name in (*members, *(e.name for e in models.ENSEMBLES)):
-        control.change("Load", name)
+        server.instance.door.load(name, 60)
 
 
 def test_another_release_never_gives_the_answers_of_the_one_before(
@@ -235,7 +208,7 @@ def test_another_release_never_gives_the_answers_of_the_one_before(
     wrong, over = [], threading.Event()
 
     def ask(row: int) -> None:
-        with Encoder(server.settings) as encoder:
+        with Encoder(Settings(triton=server.grpc_address)) as encoder:
             while not over.is_set():
                 try:
                     found = encoder.encode_queries([probe.queries[row]])
@@ -255,7 +228,7 @@ def test_another_release_never_gives_the_answers_of_the_one_before(
         end = time.monotonic() + 20
         while seen[new.name] < 100 and time.monotonic() < end:
             time.sleep(0.05)
-        hits, _ = Control(server).lookups()
+        hits, _ = lookups(server)
         over.set()
         for thread in threads:
             thread.join()

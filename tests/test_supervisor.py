@@ -6,14 +6,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from deploy.supervisor import Stub, stubs_of
+from benchmarks.faults import server_kills, stub_kills
+from deploy.stubs import Stub, stubs_of
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import RetrievalError
 from tests.conftest import photo
@@ -32,52 +31,6 @@ def serving(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-class Load:
-    """Callers that never stop asking; when each failed, and how many answers were wrong."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.failed: list[float] = []
-        self.answered: list[float] = []
-        self.wrong = 0
-        self.over = threading.Event()
-        self.encoder = Encoder(settings)
-        look = photo((200, 20, 20))
-        self.asks: list[Callable[[], np.ndarray]] = [
-            *(lambda text=text: self.encoder.encode_queries([text]).vectors for text in TEXTS[:3]),
-            lambda: self.encoder.encode_products(["a red shirt"], [look]).vectors,
-        ]
-        self.right = [ask() for ask in self.asks]
-        self.threads = [
-            threading.Thread(target=self.run, args=pair)
-            for pair in zip(self.asks, self.right, strict=True)
-        ]
-
-    def run(self, ask: Callable[[], np.ndarray], right: np.ndarray) -> None:
-        while not self.over.is_set():
-            try:
-                vectors = ask()
-            except RetrievalError:
-                self.failed.append(time.monotonic())
-                time.sleep(0.05)
-                continue
-            self.answered.append(time.monotonic())
-            self.wrong += bool(np.abs(vectors - right).max() > 1e-4)
-
-
-@contextmanager
-def load(serving: Serving) -> Iterator[Load]:
-    asking = Load(Settings(triton=serving.address, timeout_s=2.0))
-    for thread in asking.threads:
-        thread.start()
-    try:
-        yield asking
-    finally:
-        asking.over.set()
-        for thread in asking.threads:
-            thread.join()
-        asking.encoder.close()
-
-
 def server_group(serving: Serving) -> int:
     """The process group of Triton itself."""
     for line in Path("/proc").glob("[0-9]*/cmdline"):
@@ -94,23 +47,23 @@ def stub_of(serving: Serving, model: str) -> Stub:
     return next(stub for stub in stubs_of(server_group(serving)) if stub.model == model)
 
 
-MODELS = ["query_encoder", "product_preprocessor", "product_tower"]
 STUBS = 6
 """The preprocessor has two; tokenizer and tower of the queries run beside their encoder."""
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_killed_model_is_back_within_seconds(serving: Serving, model: str) -> None:
-    with load(serving) as asking:
-        time.sleep(0.5)
-        os.kill(stub_of(serving, model).pid, signal.SIGKILL)
-        killed = time.monotonic()
-        time.sleep(BACK_S + 3)
-        after = [at for at in asking.failed if at > killed + BACK_S]
-    assert asking.wrong == 0
-    assert after == [], f"failed {[round(at - killed, 1) for at in after]} s after the kill"
-    assert any(at > killed + BACK_S for at in asking.answered)
-    assert f"supervisor: {model}: a process of it had died; loaded again" in serving.log.read_text()
+def test_killed_models_are_back_within_seconds(release_folder: Path) -> None:
+    """One process after the other, of every model."""
+    found = stub_kills(release_folder, 3)
+    assert found.wrong == 0
+    assert found.failed > 0, "a kill that nobody notices proves nothing"
+    assert found.late_failures == 0, found
+    assert found.answered > 100
+
+
+def test_a_killed_server_is_back_by_itself(release_folder: Path) -> None:
+    found = server_kills(release_folder, 2)
+    assert (found.wrong, found.late_failures) == (0, 0), found
+    assert found.failed > 0
 
 
 def test_a_model_that_hangs_is_killed_and_loaded_again(serving: Serving) -> None:

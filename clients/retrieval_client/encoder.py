@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from retrieval_client.channel import channel_to
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
+from retrieval_client.replicas import Patience, Replicas
 from retrieval_client.settings import Settings
 from retrieval_client.spelling import query_bytes, text_bytes
 from retrieval_client.translate import triton_errors
@@ -43,7 +44,7 @@ class Served:
 
     release_id: str
     vector_dim: int
-    cached: bool = False
+    cached: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ class Encoded:
 
 
 class Encoder:
-    """A connection to one Triton server; safe to share between threads, and meant to be.
+    """A connection to Triton, one server or replicas; safe to share between threads, and meant so.
 
     Short queries of many threads travel together (`coalesce.py`).
 
     The handshake (release id, names, dtypes, dims of both ensembles) happens on first use and
     again after every failure. Requests name the release's own version of the model, so a server
-    that came back with another release refuses them instead of answering.
+    that came back with another release refuses them instead of answering. What one replica
+    refuses, because it drains or is gone, is sent again to the others.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -81,6 +83,7 @@ class Encoder:
         self.timeout_s = settings.timeout_s
         self._channel = channel_to(settings)
         self._stub = GRPCInferenceServiceStub(self._channel)
+        self._replicas = Replicas(settings)
         self._served: Served | None = None
         self._shared: Coalescer[bytes, Encoded] = Coalescer(
             self._encode_queries, models.QUERY_ENCODER.batch.max
@@ -97,26 +100,38 @@ class Encoder:
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
+        self._replicas.close()
 
     def served(self, deadline: Deadline | None = None) -> Served:
         """The handshake, or what it found while the connection has lasted.
 
-        Raises ReleaseMismatch when the two ensembles are of different releases, ContractError
-        when they are not this contract's, ServerError and its kinds when nobody answers.
+        Raises ReleaseMismatch when the two ensembles, or replicas, are of different releases,
+        ContractError when they are not this contract's, ServerError and its kinds when nobody
+        answers.
         """
         # Held in a local: a lost connection may clear the field at any moment.
         served = self._served
         if served is None:
-            deadline = deadline or Deadline(self.timeout_s)
-            described = [self._describe(ensemble, deadline) for ensemble in models.ENSEMBLES]
-            if len({(one.release_id, one.vector_dim) for one in described}) > 1:
-                raise ReleaseMismatch(
-                    f"Triton at {self.address}: its ensembles disagree, {described}; serve one "
-                    "release folder"
-                )
-            cached = any(one.cached for one in described)
-            served = self._served = replace(described[0], cached=cached)
+            served = self._handshake(deadline or Deadline(self.timeout_s))
         return served
+
+    def _handshake(self, deadline: Deadline) -> Served:
+        """Both ensembles of every replica that answers; what they all say."""
+        described = {
+            f"{ensemble.name} at {address}": served
+            for address, each in self._replicas.ask(self._describe_both, deadline).items()
+            for ensemble, served in zip(models.ENSEMBLES, each, strict=True)
+        }
+        if len(set(described.values())) > 1:
+            self._served = None
+            raise ReleaseMismatch(
+                f"Triton at {self.address}: expected one release, got {described}; serve one "
+                "release folder, everywhere"
+            )
+        queries = (s for name, s in described.items() if name.startswith(models.QUERY_ENCODER.name))
+        found = replace(next(iter(described.values())), cached=all(s.cached for s in queries))
+        self._served = found
+        return found
 
     def server_version(self) -> str:
         """Such as "triton 2.51.0"."""
@@ -186,14 +201,12 @@ class Encoder:
         columns: Mapping[str, Sequence[bytes]],
         deadline: Deadline,
     ) -> Encoded:
-        known = self._served
+        known = self.served(deadline)
         try:
-            return self._encode_as(
-                known or self.served(deadline), ensemble, output, columns, deadline
-            )
+            return self._encode_as(known, ensemble, output, columns, deadline)
         except ServerUnavailable:
             # A server that came back with another release refuses the old version by number.
-            if known is None or (now := self.served(deadline)) == known:
+            if (now := self.served(deadline)) == known:
                 raise
             return self._encode_as(now, ensemble, output, columns, deadline)
 
@@ -229,7 +242,7 @@ class Encoder:
     ) -> dict[str, Array]:
         request = request_from_rows(ensemble, part)
         request.model_version = str(version_of(served.release_id))
-        reply = self._call("ModelInfer", request, ensemble.name, deadline)
+        reply = self._call("ModelInfer", request, ensemble.name, deadline, served)
         try:
             return arrays_from_reply(ensemble, reply, len(next(iter(part.values()))), dims)
         except ServerError:
@@ -239,10 +252,18 @@ class Encoder:
         # part leaves half an answer there for all. Behind it is the whole one.
         return self._arrays(served, UNCACHED, part, dims, deadline)
 
-    def _describe(self, ensemble: Ensemble, deadline: Deadline) -> Served:
+    def _describe_both(
+        self, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
+    ) -> list[Served]:
+        return [self._describe(ensemble, stub, address, deadline) for ensemble in models.ENSEMBLES]
+
+    def _describe(
+        self, ensemble: Ensemble, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
+    ) -> Served:
         """Compare one ensemble's config with the contract; its release and vector size."""
         request = pb.ModelConfigRequest(name=ensemble.name)
-        config = self._call("ModelConfig", request, ensemble.name, deadline).config
+        with triton_errors(address, ensemble.name):
+            config = stub.ModelConfig(request, timeout=deadline.left_s).config
         release_id = config.parameters[RELEASE_PARAMETER].string_value
         vector = config.output[0].dims[0] if config.output and config.output[0].dims else 0
         sizes = {"vector_dim": vector}
@@ -251,24 +272,42 @@ class Encoder:
             got = [(t.name, pb_type(t), list(t.dims)) for t in found]
             if wanted != got:
                 raise ContractError(
-                    f"Triton at {self.address}, {ensemble.name}: expected {wanted}, got {got}; "
+                    f"Triton at {address}, {ensemble.name}: expected {wanted}, got {got}; "
                     "client and server are of different versions"
                 )
         if not re.fullmatch("[0-9a-f]{16}", release_id):
             raise ContractError(
-                f"Triton at {self.address}, {ensemble.name}: its config names no "
+                f"Triton at {address}, {ensemble.name}: its config names no "
                 "release; serve a built release folder"
             )
         steps = [step.model_name for step in config.ensemble_scheduling.step]
         return Served(release_id, vector, cached=models.QUERY_CACHED in steps)
 
-    def _call(self, method: str, request: Any, what: str, deadline: Deadline) -> Any:
+    def _call(
+        self, method: str, request: Any, what: str, deadline: Deadline, known: Served | None = None
+    ) -> Any:
+        """`known`: the release that the request names; it may go to any replica of that."""
+        patience = Patience(deadline)
+        while True:
+            try:
+                with triton_errors(self.address, what):
+                    return getattr(self._stub, method)(request, timeout=deadline.left_s)
+            except ServerUnavailable:
+                if self._others_serve(known, deadline) and patience.wait():
+                    continue
+                self._served = None  # whoever answers next may be another release
+                raise
+
+    def _others_serve(self, known: Served | None, deadline: Deadline) -> bool:
+        """Whether there are other replicas, of the same release as far as they answer."""
+        if known is None or not self._replicas.several:
+            return False
+        if self._replicas.asked_lately():
+            return True
         try:
-            with triton_errors(self.address, what):
-                return getattr(self._stub, method)(request, timeout=deadline.left_s)
+            return self._handshake(deadline) == known
         except ServerUnavailable:
-            self._served = None  # whoever answers next may be another release
-            raise
+            return True  # all are away, for this moment
 
 
 def pb_type(tensor: Any) -> str:

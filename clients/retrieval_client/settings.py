@@ -17,6 +17,7 @@ PREFIX = "RETRIEVAL_"
 class Settings:
     """Addresses and deadlines. Each field is also `RETRIEVAL_<FIELD>` in the environment.
 
+    `triton` is `host:port`, or several with commas between: replicas that serve one release.
     `milvus` is Milvus Lite when it ends in `.db` (a folder of that name), else a server's URI.
     Deadlines are in seconds and cover one call; `retry_s` is how long a push goes on trying
     while a server is away. `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and
@@ -34,6 +35,11 @@ class Settings:
     tls_cert: str = ""
     tls_key: str = ""
     tls_name: str = ""
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The addresses that `triton` names, each once."""
+        return tuple(dict.fromkeys(filter(None, map(str.strip, self.triton.split(",")))))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -65,3 +71,7 @@ class Settings:
         for name, value in vars(self).items():
             if isinstance(value, float) and not 0 < value < math.inf:
                 raise RetrievalError(f"{name}: expected seconds above 0, got {value}")
+        if not self.replicas:
+            raise RetrievalError(
+                f"triton: expected host:port, or several with commas, got {self.triton!r}"
+            )

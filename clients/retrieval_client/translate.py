@@ -22,6 +22,8 @@ TRITON = {
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     # While draining or loading, Triton says that a model it has is unknown.
     grpc.StatusCode.NOT_FOUND: ServerUnavailable,
+    # We cancel nothing: a server that ends while it answers says so.
+    grpc.StatusCode.CANCELLED: ServerUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestRefused,

@@ -1,0 +1,134 @@
+"""One Triton over one release, that can be started again and again on the same ports."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+from deploy import stopping
+from deploy.door import Door, check_release_of
+from deploy.logs import LastWords
+from deploy.security import control_flags
+from deploy.stubs import sweep
+from retrieval_contract.errors import DeployError, ReleaseMismatch, ServerError
+from retrieval_contract.probes import Probes
+
+READY_S = 120.0
+ASK_S = 10.0
+"""What the golden probes may take on a server that has just started."""
+
+
+def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
+    """What a server needs that is looked after: a model that died is loaded by who has the key."""
+    return [
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--exit-timeout-secs={stopping.DRAIN_S}",
+        "--disable-auto-complete-config",
+        *control_flags(control_key),
+    ]
+
+
+@dataclass
+class Instance:
+    """How the server is started, and the process that it is now.
+
+    `doors` are further ports that must be open before it is ready. `shm_prefix` is the name of its
+    shared memory, which no other server has.
+    """
+
+    args: Sequence[str]
+    env: Mapping[str, str]
+    shm_prefix: str
+    door: Door
+    doors: Sequence[int]
+    probes: Probes
+    log: IO[str]
+    ready_s: float = READY_S
+    words: LastWords = field(init=False)
+    _process: subprocess.Popen[str] | None = field(default=None, init=False)
+    _over: bool = field(default=False, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The present one, or the last; DeployError when none was started."""
+        if self._process is None:
+            raise DeployError("Triton was not started; call start()")
+        return self._process
+
+    def start(self) -> None:
+        """Returns once the server has given the golden probes of its release.
+
+        It leads a process group of its own, so Ctrl-C reaches us first and it can drain. Raises
+        DeployError with its last words, ReleaseMismatch when it gives other vectors.
+        """
+        with self._lock:
+            if self._over:
+                raise DeployError("Triton was stopped meanwhile; start it anew")
+            # Should we be killed outright, the kernel stops it: it must not keep the ports.
+            bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+            self._process = subprocess.Popen(
+                [*bound, *self.args],
+                env=self.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self.words = LastWords(self._process, self.log)
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        end, problem = time.monotonic() + self.ready_s, ""
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise DeployError(
+                    f"Triton exited with code {self.process.returncode} while starting; its "
+                    f"last words:\n{self.words.read()}"
+                )
+            try:
+                check_release_of(self.door, self.probes, ASK_S)
+                self.door.probe(self.probes, ASK_S)
+                for port in self.doors:
+                    socket.create_connection((self.door.host, port), timeout=1.0).close()
+                return
+            except ReleaseMismatch:
+                raise  # waiting does not make other weights right
+            except (ServerError, OSError) as exc:
+                problem = str(exc)
+                time.sleep(0.2)
+        raise DeployError(
+            f"Triton was not ready after {self.ready_s:.0f} s ({problem}); its last "
+            f"words:\n{self.words.read()}"
+        )
+
+    def kill(self) -> None:
+        """The server and its stubs at once; what they held in shared memory goes, too."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        sweep(self.shm_prefix)
+
+    def stop(self, tidy: Callable[[], object] = lambda: None) -> int:
+        """Drain, end, leave nothing, and start no more; the exit code. `tidy` is not disturbed."""
+        with self._lock:
+            self._over = True
+        if self._process is None:
+            return 0
+        with stopping.undisturbed(self._process):
+            stopping.stop(self._process)
+            sweep(self.shm_prefix)
+            tidy()
+        return self._process.returncode
