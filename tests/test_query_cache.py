@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from retrieval_contract.preprocess import text_from_bytes
 from retrieval_contract.probes import Probes
 from retrieval_contract.release import Release
 from tests.hostile import Wire, prefixed, request
+from tests.serving import serve
 
 PUBLIC = models.QUERY_ENCODER.name
 
@@ -152,6 +154,45 @@ def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path)
         os.killpg(server.process.pid, signal.SIGKILL)
 
 
+def test_hits_do_not_hide_a_model_that_hangs(release_folder: Path, tmp_path: Path) -> None:
+    """Answered from memory all the while; the model behind it is killed, and comes back."""
+    flags = ["--query-cache-mb=4"]
+    with (
+        serve(release_folder, tmp_path / "log", hung_s=1.5, flags=flags) as serving,
+        Encoder(Settings(triton=serving.address, timeout_s=2.0)) as encoder,
+    ):
+        known = encoder.encode_queries(["known"]).vector(0)
+        group, hanging = next(
+            (group, stub)
+            for group in groups_with(serving.scratch.name)
+            for stub in stubs_of(group)
+            if stub.model == models.QUERY_UNCACHED
+        )
+        os.kill(hanging.pid, signal.SIGSTOP)
+        end = time.monotonic() + 30
+        while f"{models.QUERY_UNCACHED} hangs: killed" not in serving.log.read_text():
+            assert (encoder.encode_queries(["known"]).vector(0) == known).all()
+            assert time.monotonic() < end, serving.log.read_text()[-2000:]
+            time.sleep(0.05)
+        serving.said(rf"({models.QUERY_UNCACHED}: a process of it had died; loaded again)")
+        assert encoder.encode_queries(["a new one"], timeout_s=10).errors == [None]
+        # Asked to stop, a server that has lost a process waits half a minute for it.
+        serving.process.kill()
+        os.killpg(group, signal.SIGKILL)
+        for region in Path("/dev/shm").glob(f"{serving.scratch.name}*"):
+            region.unlink()
+
+
+def groups_with(name: str) -> set[int]:
+    """Process groups in which a command line holds the name of a server's folder."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            if name in path.read_text(errors="replace"):
+                found.add(os.getpgid(int(path.parent.name)))
+    return found
+
+
 def negated(release: Path, releases: Path) -> Path:
     """A release of its own whose vectors are all the opposite of another's."""
     old = Release.load(release)
@@ -186,6 +227,7 @@ def replace(server: Server, release: Path) -> None:
     """Put another release in the place of the one that is served, and load it."""
     words = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
     repository = Path(next(w for w in words if "--model-repository" in w).partition("=")[2])
+    assert repository.parent.name.startswith("retrieval-triton-"), "a server's own links"
     fresh = repository.with_name("fresh")
     shutil.copytree(release / "model_repository", fresh, copy_function=os.symlink)
     put_cache_before_queries(fresh)

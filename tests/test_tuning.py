@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -158,38 +156,35 @@ def delay_of(server: Server, model: str) -> int:
     return delay
 
 
-def test_the_serve_image_lays_a_profile_over_links(release_folder: Path) -> None:
+def test_the_serve_image_lays_a_profile_over_links(release_folder: Path, tmp_path: Path) -> None:
     """By the interpreter of the image's packages: no protobuf, no client."""
     code = (
         "import sys; from pathlib import Path; from deploy import container, tuning\n"
         "profile = tuning.Profile(tuning.profile_of('one_core').models, 8)\n"
         "home, flags = container.fitted(Path(sys.argv[1]), profile)\nprint(home, *flags)\n"
     )
-    python = ROOT / ".venv-server" / "bin" / "python"
     done = subprocess.run(
-        [python, "-c", code, release_folder],
+        [ROOT / ".venv-server" / "bin" / "python", "-c", code, release_folder],
         cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    place, flag = done.stdout.split()
-    repository = Path(place)
-    try:
-        assert flag == f"--cache-config=local,size={8 * 2**20}"
-        for target in models.Target:
-            path = repository / models.PRODUCT_TOWER.name / "configs" / f"{target}.pbtxt"
-            assert config_from_text(path.read_text()).instance_group[0].count == 1
-        graph = next((repository / models.QUERY_TOWER.name).glob("*/model.onnx"))
-        assert os.path.islink(graph)
-        assert graph.exists()
-        cached = config_from_text((repository / models.QUERY_CACHED / "config.pbtxt").read_text())
-        assert cached.response_cache.enable
-    finally:
-        shutil.rmtree(repository.parent)
+    home, flag = done.stdout.split()
+    assert flag == f"--cache-config=local,size={8 * 2**20}"
+    repository = Path(home) / "model_repository"
+    assert tmp_path in repository.parents
+    for target in models.Target:
+        path = repository / models.PRODUCT_TOWER.name / "configs" / f"{target}.pbtxt"
+        assert config_from_text(path.read_text()).instance_group[0].count == 1
+    graph = next((repository / models.QUERY_TOWER.name).glob("*/model.onnx"))
+    assert os.path.islink(graph)
+    assert graph.exists()
+    cached = config_from_text((repository / models.QUERY_CACHED / "config.pbtxt").read_text())
+    assert cached.response_cache.enable
 
 
 def test_profiles_come_with_the_code() -> None:
     assert {path.name for path in PROFILES.glob("*.toml")} == {"default.toml", "one_core.toml"}
     assert read_profile(PROFILES / "default.toml", DEFAULT.models) == DEFAULT
-    assert sys.version_info >= (3, 11), "tomllib"
