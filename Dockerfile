@@ -79,11 +79,12 @@ EXPOSE 8000 8001 8002
 # for a tower; killed after 40 more. Give it that long (docker stop --time 50).
 STOPSIGNAL SIGTERM
 # Readiness alone stays green when a model's process has died, so one query and one product go
-# through every step of both ensembles. The entry point mends what it can: this is for what it
-# cannot, such as a machine that is too slow.
+# through every step of both ensembles; the query is a new one each time, should there be a cache.
+# The entry point mends what it can: this is for what it cannot, such as a machine that is too slow.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=900s --retries=3 \
     CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]} \
+          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready", \
+         "-d", "@/proc/sys/kernel/random/uuid", "-d", "\"]} \
           ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
          "--next", "-fsS", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
           {\"name\":\"title\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]}, \

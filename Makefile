@@ -10,6 +10,7 @@ CHECKPOINT ?= towers/weights/make
 DATA ?=
 USERS ?= 8
 SECONDS ?= 15
+P99_MS ?= 50
 
 VENV := .venv
 SERVER_VENV := .venv-server
@@ -17,7 +18,7 @@ PY := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve release bench engine-check parity limit repository clean
+.PHONY: help setup demo test lint serve release bench engine-check parity limit tune repository clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +74,10 @@ bench: release  ## query load against a server of its own; USERS=8 SECONDS=15
 
 limit: release  ## what serving costs over one's own process; DATA=folder with queries and products
 	$(PY) -m benchmarks.limit $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
+
+tune: release  ## which copies, threads and delays suit this machine; P99_MS=50 of queries
+	$(PY) -m benchmarks.tune --p99-ms $(P99_MS) \
+	    $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
 
 clean:  ## everything that was built; not the environments
 	rm -rf build dist

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from deploy.door import Door
 from deploy.engines.__main__ import add_missing_flag, find_ready
 from deploy.engines.ready import Missing
 from deploy.instance import Instance, kept_flags
+from deploy.query_cache import add_cache_flag
 from deploy.security import new_key, read_key
 from deploy.stopping import Stopped, listen, reap
 from deploy.supervisor import HUNG_S, Supervisor, say
+from deploy.tuning import Profile, add_profile_flag, lay_over, profile_from
 from deploy.versions import TRITON_HOME, check_versions
 from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
@@ -40,6 +44,17 @@ def triton_command(release: Path, target: Target, more: Sequence[str]) -> list[s
         f"--model-config-name={target}",
         *more,
     ]
+
+
+def fitted(release: Path, profile: Profile) -> tuple[Path, list[str]]:
+    """A release's repository with its configs as a profile says, and Triton's flags for it.
+
+    Laid over links in a temporary folder, which ends with the container.
+    """
+    home = Path(tempfile.mkdtemp(prefix="retrieval-"))
+    source = (release / "model_repository").resolve()
+    repository = shutil.copytree(source, home / "model_repository", copy_function=os.symlink)
+    return home, lay_over(profile, repository)
 
 
 def keep(instance: Instance, hung_s: float) -> int:
@@ -67,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--cache", type=Path, default=Path("/cache"), help="of engines; keep it")
     top.add_argument("--target", choices=[Target.GPU, Target.CPU], default=Target.GPU)
     add_missing_flag(top)
+    add_profile_flag(top)
+    add_cache_flag(top)
     top.add_argument("--tag", default=os.environ.get("TRITON_TAG", ""), help="of NVIDIA's image")
     top.add_argument("--http-address", default=EVERYWHERE)
     top.add_argument("--http-port", type=int, default=8000)
@@ -93,13 +110,17 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
     asked_at = LOOPBACK if args.http_address == EVERYWHERE else args.http_address
     listening = [f"--http-address={args.http_address}", f"--http-port={args.http_port}"]
     flags = [*kept_flags(shm_prefix, key), *listening, *more]
+    probes, profile = Probes.load(release), profile_from(args)
+    if profile:
+        release, fitting = fitted(release, profile)
+        flags += fitting
     return Instance(
         triton_command(release, target, flags),
         os.environ,
         shm_prefix,
-        Door(asked_at, args.http_port, key),
+        Door(asked_at, args.http_port, key, cached=bool(profile and profile.query_cache_mb)),
         (),
-        Probes.load(release),
+        probes,
         sys.stderr,
         READY_S,
     )

@@ -36,11 +36,27 @@ ALIVE: Mapping[Ensemble, Mapping[str, Sequence[bytes]]] = {
 
 @dataclass(frozen=True)
 class Door:
-    """Where a server's HTTP listens, and the key to its controls."""
+    """Where a server's HTTP listens, and the key to its controls.
+
+    `cached`: it remembers answers to queries. Whoever asks here wants to know whether it can still
+    give them, and so asks behind that memory.
+    """
 
     host: str
     port: int
     control_key: str = field(repr=False)
+    cached: bool = False
+
+    @property
+    def ensembles(self) -> list[str]:
+        """All that are made of other models, parts first."""
+        inner = [models.QUERY_UNCACHED, models.QUERY_CACHED] if self.cached else []
+        return [*inner, *(ensemble.name for ensemble in models.ENSEMBLES)]
+
+    def behind(self, ensemble: Ensemble) -> str:
+        """What computes the answers of an ensemble."""
+        cached = self.cached and ensemble is models.QUERY_ENCODER
+        return models.QUERY_UNCACHED if cached else ensemble.name
 
     def encode(
         self,
@@ -63,7 +79,9 @@ class Door:
         head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
         place = f"/versions/{version}" if version else ""
         length = {"Inference-Header-Content-Length": str(len(head))}
-        said = self._ask("POST", f"/{ensemble.name}{place}/infer", timeout_s, head + raw, length)
+        said = self._ask(
+            "POST", f"/{self.behind(ensemble)}{place}/infer", timeout_s, head + raw, length
+        )
         (found,) = said["outputs"]
         return np.array(found["data"], np.float32).reshape(found["shape"])
 

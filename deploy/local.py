@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
 from deploy.stopping import Stopped, listen
 from deploy.supervisor import HUNG_S, Restarts, Supervisor, say
+from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, RetrievalError
@@ -62,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="opens loading, shared memory, tracing and logging to who sends the key in it",
     )
+    add_profile_flag(top)
+    add_cache_flag(top)
     top.add_argument(
         "--hung-s", type=float, default=HUNG_S, help=f"then a silent model is killed; {HUNG_S}"
     )
@@ -86,6 +90,7 @@ def main() -> None:
             ports=ports,
             tls=tls_of(args),
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
+            profile=profile_from(args),
         ) as server:
             _announce(server)
             with supervised(server, args.hung_s) as supervisor:

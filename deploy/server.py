@@ -17,6 +17,7 @@ from typing import IO
 from deploy.door import Door
 from deploy.instance import ASK_S, Instance, kept_flags
 from deploy.security import Tls, new_key
+from deploy.tuning import Profile, lay_over
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError
@@ -117,7 +118,7 @@ def command(
     target: Target,
     more: Sequence[str],
 ) -> list[str]:
-    """The server's command line; `more` is how it is kept, and who may ask."""
+    """The server's command line; `more` is how it is kept, who may ask, and the profile."""
     flags: dict[str, object] = {
         "model-repository": repository,
         "model-config-name": target,
@@ -144,11 +145,13 @@ def triton(
     log: IO[str] = sys.stderr,
     tls: Tls | None = None,
     control_key: str | None = None,
+    profile: Profile | None = None,
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
     Whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
     start, with the lines of its log that say why, and ReleaseMismatch when it gives other vectors.
+    Without a `profile` the configs are those of the release.
     """
     wheel = find_wheel(server_python)
     release = check_release(release_folder, Target.LOCAL)
@@ -158,13 +161,15 @@ def triton(
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
+        profile = profile or Profile()
         more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
+        more += lay_over(profile, repository)
         args = command(wheel, backends, repository, host, ports, Target.LOCAL, more)
         instance = Instance(
             args,
             _environment(wheel),
             shm_prefix,
-            Door(host, ports.http, control_key),
+            Door(host, ports.http, control_key, cached=bool(profile.query_cache_mb)),
             (ports.grpc, ports.metrics),
             Probes.load(release_folder),
             log,

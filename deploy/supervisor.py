@@ -174,7 +174,7 @@ class Supervisor(threading.Thread):
             return
         except ServerError:
             pass  # too late, or "not healthy" of a process that is there but stands still
-        parts = [name, *(step.name for step in ensemble.steps)]
+        parts = [self.door.behind(ensemble), *(step.name for step in ensemble.steps)]
         done = self._done(parts)
         since, before = self._unanswered.setdefault(name, (time.monotonic(), done))
         if done != before:
@@ -209,9 +209,9 @@ class Supervisor(threading.Thread):
                 if self._over.wait(0.02):
                     return
             self.door.load(model, LOAD_S)
-            for ensemble in models.ENSEMBLES:  # what it is a part of comes back with it, or not
-                if not self.door.ready(ensemble.name, ASK_S):
-                    self.door.load(ensemble.name, LOAD_S)
+            for name in self.door.ensembles:  # what it is a part of comes back with it, or not
+                if not self.door.ready(name, ASK_S):
+                    self.door.load(name, LOAD_S)
         except ServerError as exc:
             if self._over.is_set() or self.instance.process.poll() is not None:
                 return

@@ -7,12 +7,13 @@ start the server, so what stands here is all that the server knows.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
 
 from deploy.engines.profiles import profiles_of
+from deploy.tuning import DEFAULT
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
 from retrieval_contract.models import Target
@@ -33,22 +34,8 @@ FILES = {
 BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime", Target.LOCAL: "python"}
 
 
-@dataclass(frozen=True)
-class Knobs:
-    """How many copies of a model run, and how many threads each uses for one batch."""
-
-    instances: int = 1
-    threads: int = 1
-
-
-# Decoding pictures is the slow step that scales by copies; a tower scales by its batch.
-KNOBS = {
-    models.QUERY_TOKENIZER.name: Knobs(),
-    models.QUERY_TOWER.name: Knobs(),
-    models.QUERY_ENCODER.name: Knobs(),
-    models.PRODUCT_PREPROCESSOR.name: Knobs(instances=2),
-    models.PRODUCT_TOWER.name: Knobs(threads=2),
-}
+KNOBS = DEFAULT.models
+"""Copies, threads and delay of each model: `deploy/profiles/default.toml`."""
 
 
 def configs_of(part: Model | Ensemble, release: Release, release_id: str) -> dict[str, ModelConfig]:
@@ -87,7 +74,7 @@ def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> Mode
     config.backend = "python"
     config.default_model_filename = models.PYTHON_FILE
     _set(config, "text", asdict(release.query))
-    _set(config, "intra_op_threads", KNOBS[ensemble.name].threads)
+    _set(config, "intra_op_threads", KNOBS[ensemble.name]["threads"])
     return config
 
 
@@ -111,7 +98,7 @@ def tower_config(model: Model, release: Release, release_id: str, target: Target
     config = _computing(model, release, release_id)
     config.backend = BACKENDS[target]
     config.default_model_filename = FILES[target]
-    threads = KNOBS[model.name].threads
+    threads = KNOBS[model.name]["threads"]
     if target is Target.GPU:
         config.instance_group[0].kind = config.instance_group[0].KIND_GPU
         # A context for each profile; the backend takes the one whose usual shape is nearest.
@@ -144,7 +131,9 @@ def _computing(model: Model | Ensemble, release: Release, release_id: str) -> Mo
     # Plain merging: whatever queued while the last batch ran. Limits and priorities on this
     # queue can stall the server's batcher, so they are kept elsewhere.
     config.dynamic_batching.SetInParent()
-    config.instance_group.add(kind="KIND_CPU", count=KNOBS[model.name].instances)
+    if delay_us := KNOBS[model.name]["delay_us"]:
+        config.dynamic_batching.max_queue_delay_microseconds = delay_us
+    config.instance_group.add(kind="KIND_CPU", count=KNOBS[model.name]["instances"])
     warmup = config.model_warmup.add(name="one_row", batch_size=1, count=1)
     for tensor in model.inputs:
         entry = warmup.inputs[tensor.name]

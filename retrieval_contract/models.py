@@ -83,6 +83,10 @@ IN_ONE: tuple[Ensemble, ...] = (QUERY_ENCODER,)
 """What the local target computes in one Python process: there every step is one, and a hop between
 two costs as much as a short text. Pictures are decoded beside the tower instead."""
 
+QUERY_CACHED, QUERY_UNCACHED = "query_cached", "query_uncached"
+"""With a response cache, `query_encoder` is one step over the first, which remembers the answers of
+the second: what `query_encoder` is without. See `deploy/query_cache.py`."""
+
 
 class Target(StrEnum):
     """Which runtime runs the towers: a `configs/<target>.pbtxt` of each."""

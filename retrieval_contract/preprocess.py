@@ -59,6 +59,14 @@ class ImageBatch:
     status: list[str]
 
 
+def one_spelling(text: str) -> str:
+    """White space and control characters folded to single blanks, none at the ends.
+
+    A client may do it as well: a text so spelt is one key of a cache, and has the same vector.
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def text_from_bytes(raw: bytes, max_chars: int) -> str:
     """Decode and clean one text: UTF-8, white space and control characters folded to a blank.
 
@@ -77,7 +85,7 @@ def text_from_bytes(raw: bytes, max_chars: int) -> str:
         ) from exc
     if "\0" in text:
         raise ItemError(Reason.NUL, "the text holds a NUL character; remove it")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = one_spelling(text)
     if len(text) > max_chars:
         raise ItemError(
             Reason.TOO_LONG,

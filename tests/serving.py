@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +74,11 @@ def processes_of(name: str) -> list[str]:
 
 
 @contextmanager
-def serve(release: Path, log: Path, *run: str, hung_s: float | None = None) -> Iterator[Serving]:
+def serve(
+    release: Path, log: Path, *run: str, hung_s: float | None = None, flags: Sequence[str] = ()
+) -> Iterator[Serving]:
     """The command on free ports, from when it has begun; with `--run` when a command is given."""
-    flags = ["--release", str(release), *FREE_PORTS]
+    flags = ["--release", str(release), *FREE_PORTS, *flags]
     flags += [f"--hung-s={hung_s}"] if hung_s else []
     flags += ["--run", *run] if run else []
     with log.open("w") as output, tempfile.TemporaryDirectory() as place:

@@ -181,7 +181,7 @@ def curl(*arguments: str) -> int:
     flags.add_argument("--fail-early", action="store_true")
     flags.add_argument("-m", type=float, required=True)
     flags.add_argument("-o", choices=[os.devnull], required=True)
-    flags.add_argument("-d", type=str.encode, required=True)
+    flags.add_argument("-d", action="append", required=True)
     flags.add_argument("url")
     transfers: list[list[str]] = [[]]
     for argument in arguments:
@@ -192,7 +192,8 @@ def curl(*arguments: str) -> int:
     assert "--fail-early" in transfers[0], "else the last transfer alone decides"
     for asked in map(flags.parse_args, transfers):
         try:
-            urllib.request.urlopen(asked.url, asked.d, timeout=asked.m).read()
+            parts = [Path(d[1:]).read_text().strip() if d[0] == "@" else d for d in asked.d]
+            urllib.request.urlopen(asked.url, "&".join(parts).encode(), timeout=asked.m).read()
         except urllib.error.HTTPError:
             return 22
         except OSError:

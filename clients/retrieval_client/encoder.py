@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from retrieval_client.deadline import Deadline
 from retrieval_client.replicas import Patience, Replicas
 from retrieval_client.retry import Backoff, RetryBudget
 from retrieval_client.settings import Settings
+from retrieval_client.spelling import query_bytes, text_bytes
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
@@ -28,6 +29,7 @@ from retrieval_contract.errors import (
     ItemError,
     ReleaseMismatch,
     ServerBusy,
+    ServerError,
     ServerUnavailable,
 )
 from retrieval_contract.probes import Probes
@@ -36,14 +38,17 @@ from retrieval_contract.tensors import Array, Ensemble
 
 SHARED_ROWS, SHARED_BYTES = 16, 4096
 """What one caller may add to a request that callers share; more travels alone."""
+UNCACHED = replace(models.QUERY_ENCODER, name=models.QUERY_UNCACHED)
+"""The same behind the cache, of a server that has one."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the server said of itself in the handshake."""
+    """What the server said of itself in the handshake; `cached`: it remembers queries' answers."""
 
     release_id: str
     vector_dim: int
+    cached: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,10 @@ class Encoder:
                 f"Triton at {self.address}: expected one release, got {described}; serve one "
                 "release folder, everywhere"
             )
-        self._served = next(iter(described.values()))
-        return self._served
+        queries = (s for name, s in described.items() if name.startswith(models.QUERY_ENCODER.name))
+        found = replace(next(iter(described.values())), cached=all(s.cached for s in queries))
+        self._served = found
+        return found
 
     def server_version(self) -> str:
         """Such as "triton 2.51.0"."""
@@ -150,25 +157,36 @@ class Encoder:
                 f"Triton at {self.address}: expected release {probes.release_id}, it serves "
                 f"{served.release_id}; give the folder of that one"
             )
-        queries = self.encode_queries(probes.queries)
+        queries = self.encode_queries(probes.queries, fresh=True)
         products = self.encode_products(probes.titles, probes.images)
         if error := next((e for e in (*queries.errors, *products.errors) if e), None):
             raise ReleaseMismatch(f"Triton at {self.address}: it refused a golden probe: {error}")
         return probes.check(queries.vectors, products.vectors)
 
-    def encode_queries(self, queries: Sequence[str], *, timeout_s: float | None = None) -> Encoded:
+    def encode_queries(
+        self, queries: Sequence[str], *, timeout_s: float | None = None, fresh: bool = False
+    ) -> Encoded:
         """Texts → vectors (len(queries), vector_dim), in as few requests as the contract allows.
 
-        A bad text gets an entry in `errors`; the others are answered.
+        A bad text gets an entry in `errors`; the others are answered. Before a server that
+        remembers answers a lone text travels alone, so that it can be one of them; `fresh` goes
+        past that memory.
         """
-        texts, deadline = [_utf8(q) for q in queries], Deadline(timeout_s or self.timeout_s)
-        if not 0 < len(texts) <= SHARED_ROWS or sum(map(len, texts)) > SHARED_BYTES:
+        texts, deadline = [query_bytes(q) for q in queries], Deadline(timeout_s or self.timeout_s)
+        if fresh:
+            cached = self.served(deadline).cached
+            return self._encode_queries(texts, deadline, UNCACHED if cached else None)
+        served = self._served
+        alone = served is not None and served.cached and len(texts) == 1
+        if alone or not 0 < len(texts) <= SHARED_ROWS or sum(map(len, texts)) > SHARED_BYTES:
             return self._encode_queries(texts, deadline)
         return self._shared(texts, deadline)
 
-    def _encode_queries(self, texts: Sequence[bytes], deadline: Deadline) -> Encoded:
-        columns = {models.QUERY.name: texts}
-        return self._encode(models.QUERY_ENCODER, models.QUERY_VECTOR.name, columns, deadline)
+    def _encode_queries(
+        self, texts: Sequence[bytes], deadline: Deadline, ensemble: Ensemble | None = None
+    ) -> Encoded:
+        columns, ensemble = {models.QUERY.name: texts}, ensemble or models.QUERY_ENCODER
+        return self._encode(ensemble, models.QUERY_VECTOR.name, columns, deadline)
 
     def encode_products(
         self, titles: Sequence[str], images: Sequence[bytes], *, timeout_s: float | None = None
@@ -179,7 +197,7 @@ class Encoder:
                 f"products: expected one image (or b'') a title, got {len(titles)} titles and "
                 f"{len(images)} images"
             )
-        rows = {models.TITLE.name: [_utf8(t) for t in titles], models.IMAGE.name: list(images)}
+        rows = {models.TITLE.name: [text_bytes(t) for t in titles], models.IMAGE.name: list(images)}
         deadline = Deadline(timeout_s or self.timeout_s)
         return self._encode(models.PRODUCT_ENCODER, models.PRODUCT_VECTOR.name, rows, deadline)
 
@@ -213,17 +231,33 @@ class Encoder:
         errors: list[ItemError | None] = []
         for start in range(0, count, ensemble.batch.max):
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
-            request = request_from_rows(ensemble, part)
-            request.model_version = str(version_of(served.release_id))
-            reply = self._infer(request, deadline, served)
-            rows = len(next(iter(part.values())))
-            arrays = arrays_from_reply(ensemble, reply, rows, dims)
+            arrays = self._arrays(served, ensemble, part, dims, deadline)
             parts.append(arrays[output])
             errors += [
                 ItemError.from_status(status.decode()) if status else None
                 for status in arrays[models.ITEM_STATUS.name]
             ]
         return Encoded(np.concatenate(parts), errors, served)
+
+    def _arrays(
+        self,
+        served: Served,
+        ensemble: Ensemble,
+        part: Mapping[str, Sequence[bytes]],
+        dims: Mapping[str, tuple[int, ...]],
+        deadline: Deadline,
+    ) -> dict[str, Array]:
+        request = request_from_rows(ensemble, part)
+        request.model_version = str(version_of(served.release_id))
+        reply = self._infer(request, deadline, served)
+        try:
+            return arrays_from_reply(ensemble, reply, len(next(iter(part.values()))), dims)
+        except ServerError:
+            if not (served.cached and ensemble is models.QUERY_ENCODER):
+                raise
+        # A cache's key leaves out which outputs were asked for: whoever asks it directly for a
+        # part leaves half an answer there for all. Behind it is the whole one.
+        return self._arrays(served, UNCACHED, part, dims, deadline)
 
     def _describe_both(
         self, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
@@ -253,7 +287,8 @@ class Encoder:
                 f"Triton at {address}, {ensemble.name}: its config names no "
                 "release; serve a built release folder"
             )
-        return Served(release_id, vector)
+        steps = [step.model_name for step in config.ensemble_scheduling.step]
+        return Served(release_id, vector, cached=models.QUERY_CACHED in steps)
 
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
         """Ask any replica of the release that the request names, and again where that may help.
@@ -303,8 +338,3 @@ def pb_type(tensor: Any) -> str:
         .name
     )
     return name
-
-
-def _utf8(text: str) -> bytes:
-    # Lone surrogates cannot be encoded; the server then says which row is not UTF-8.
-    return text.encode("utf-8", "surrogatepass")
