@@ -1,7 +1,6 @@
 """python -m deploy.local: the real Triton of the `nvidia-pytriton` wheel, on this machine.
 
-Serves one release folder (`build/releases/<id>`) with the towers on ONNX Runtime in Triton's
-Python backend, the only backend that the wheel has. Loopback and free ports by default.
+Serves one release folder with the towers on ONNX Runtime in the wheel's only backend, Python.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from deploy.logs import LastWords
 from deploy.security import Tls, control_flags, new_key, own_settings, read_key
 from deploy.stopping import DRAIN_S, SIGNALS, stop, undisturbed
 from deploy.supervisor import HUNG_S, Supervisor
+from deploy.tracing import trace_flags
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -163,6 +163,7 @@ def triton(
     log: IO[str] = sys.stderr,
     tls: Tls | None = None,
     control_key: str | None = None,
+    otel_url: str | None = None,
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
@@ -178,7 +179,7 @@ def triton(
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
-        security = [*(tls.flags() if tls else ()), *control_flags(control_key)]
+        security = (tls.flags() if tls else []) + control_flags(control_key) + trace_flags(otel_url)
         args = command(wheel, backends, repository, host, ports, Target.LOCAL, shm_prefix, security)
         process = _start(wheel, args)
         try:
@@ -310,14 +311,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--tls-key", type=Path)
     top.add_argument("--tls-root", type=Path, help="PEM: callers need a certificate of this one")
     top.add_argument("--tls-name", default="", help="in the certificate; default: --host")
+    top.add_argument("--otel-url", help="OTLP/HTTP collector, for the spans of traced requests")
     top.add_argument(
         "--control-key-file",
         type=Path,
         help="opens loading, shared memory, tracing and logging to who sends the key in it",
     )
-    top.add_argument(
-        "--hung-s", type=float, default=HUNG_S, help=f"then a silent model is killed; {HUNG_S}"
-    )
+    top.add_argument("--hung-s", type=float, default=HUNG_S, help="then a silent model is killed")
     top.add_argument(
         "--run",
         nargs=argparse.REMAINDER,
@@ -340,6 +340,7 @@ def main() -> None:
             ports=ports,
             tls=tls_of(args),
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
+            otel_url=args.otel_url,
         ) as server:
             _announce(server)
             with supervised(server, args.hung_s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +16,9 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from retrieval_client.channel import channel_to
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
+from retrieval_client.ledger import RequestTimes, Statistics, took_from_reply
 from retrieval_client.settings import Settings
+from retrieval_client.tracing import traceparent
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
@@ -38,15 +41,19 @@ class Served:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why."""
+    """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why.
+
+    `requests`: what each request took, of an Encoder that explains.
+    """
 
     vectors: Array
     errors: list[ItemError | None]
     served: Served
+    requests: tuple[RequestTimes, ...] = ()
 
     def __getitem__(self, part: slice) -> Encoded:
         """Some of the rows."""
-        return Encoded(self.vectors[part], self.errors[part], self.served)
+        return Encoded(self.vectors[part], self.errors[part], self.served, self.requests)
 
     def vector(self, row: int) -> Array:
         """One vector (vector_dim,); raises the row's ItemError if it was refused."""
@@ -66,8 +73,10 @@ class Encoder:
     that came back with another release refuses them instead of answering.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, explain: bool = False) -> None:
+        """`explain`: ask the server what each request took (`ledger.py`)."""
         self.address = settings.triton
+        self._explain = explain
         self.timeout_s = settings.timeout_s
         self._channel = channel_to(settings)
         self._stub = GRPCInferenceServiceStub(self._channel)
@@ -112,6 +121,12 @@ class Encoder:
         deadline = Deadline(self.timeout_s)
         reply = self._call("ServerMetadata", pb.ServerMetadataRequest(), "metadata", deadline)
         return f"{reply.name} {reply.version}"
+
+    def statistics(self) -> Statistics:
+        """What Triton has counted since it started."""
+        deadline = Deadline(self.timeout_s)
+        request = pb.ModelStatisticsRequest()
+        return Statistics.from_reply(self._call("ModelStatistics", request, "statistics", deadline))
 
     def probe(self, probes: Probes) -> float:
         """Ask for a release's golden probes; the lowest cosine, 1 where all is exact.
@@ -187,19 +202,28 @@ class Encoder:
         count = len(next(iter(columns.values())))
         parts = [np.empty((0, served.vector_dim), np.float32)]
         errors: list[ItemError | None] = []
+        times: list[RequestTimes] = []
         for start in range(0, count, ensemble.batch.max):
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
+            started = time.perf_counter()
             request = request_from_rows(ensemble, part)
             request.model_version = str(version_of(served.release_id))
-            reply = self._call("ModelInfer", request, ensemble.name, deadline)
+            if self._explain:
+                request.parameters[models.EXPLAIN].bool_param = True
+            sent = time.perf_counter()
+            reply = self._call("ModelInfer", request, ensemble.name, deadline, traceparent())
+            came = time.perf_counter()
             rows = len(next(iter(part.values())))
             arrays = arrays_from_reply(ensemble, reply, rows, dims)
             parts.append(arrays[output])
+            if self._explain:
+                took, now = took_from_reply(reply), time.perf_counter()
+                times.append(RequestTimes(sent - started, came - sent, now - came, took))
             errors += [
                 ItemError.from_status(status.decode()) if status else None
                 for status in arrays[models.ITEM_STATUS.name]
             ]
-        return Encoded(np.concatenate(parts), errors, served)
+        return Encoded(np.concatenate(parts), errors, served, tuple(times))
 
     def _describe(self, ensemble: Ensemble, deadline: Deadline) -> Served:
         """Compare one ensemble's config with the contract; its release and vector size."""
@@ -210,7 +234,8 @@ class Encoder:
         sizes = {"vector_dim": vector}
         for declared, found in ((ensemble.inputs, config.input), (ensemble.outputs, config.output)):
             wanted = [(t.name, t.dtype.config, list(t.dims(sizes))) for t in declared]
-            got = [(t.name, pb_type(t), list(t.dims)) for t in found]
+            extra = models.TIMINGS.name  # which only a model in one process has
+            got = [(t.name, pb_type(t), list(t.dims)) for t in found if t.name != extra]
             if wanted != got:
                 raise ContractError(
                     f"Triton at {self.address}, {ensemble.name}: expected {wanted}, got {got}; "
@@ -223,10 +248,13 @@ class Encoder:
             )
         return Served(release_id, vector)
 
-    def _call(self, method: str, request: Any, what: str, deadline: Deadline) -> Any:
+    def _call(
+        self, method: str, request: Any, what: str, deadline: Deadline, metadata: Any = None
+    ) -> Any:
         try:
             with triton_errors(self.address, what):
-                return getattr(self._stub, method)(request, timeout=deadline.left_s)
+                call = getattr(self._stub, method)
+                return call(request, timeout=deadline.left_s, metadata=metadata)
         except ServerUnavailable:
             self._served = None  # whoever answers next may be another release
             raise

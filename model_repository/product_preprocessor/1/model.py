@@ -7,6 +7,7 @@ from typing import Any
 from retrieval_contract.models import TOKENIZER_FILE
 from retrieval_contract.preprocess import ProductPreprocessor
 from retrieval_contract.serving import (
+    Metered,
     execute_merged,
     image_spec,
     strings,
@@ -16,10 +17,11 @@ from retrieval_contract.serving import (
 from retrieval_contract.tensors import Array
 
 
-class TritonPythonModel:
+class TritonPythonModel(Metered):
     """Triton's Python model interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
         tokenizer = (version_folder(args) / TOKENIZER_FILE).read_text("utf-8")
         self.products = ProductPreprocessor(tokenizer, text_spec(args), image_spec(args))
 
@@ -28,4 +30,5 @@ class TritonPythonModel:
 
     def _prepare(self, titles: Array, images: Array) -> dict[str, Array]:
         batch = self.products(titles.reshape(-1).tolist(), images.reshape(-1).tolist())
+        self.meters.prepared(batch.tensors["title_mask"], batch.status)
         return batch.tensors | {"item_status": strings(batch.status)}

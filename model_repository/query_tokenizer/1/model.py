@@ -7,6 +7,7 @@ from typing import Any
 from retrieval_contract.models import TOKENIZER_FILE
 from retrieval_contract.preprocess import TextPreprocessor
 from retrieval_contract.serving import (
+    Metered,
     execute_merged,
     strings,
     text_spec,
@@ -15,10 +16,11 @@ from retrieval_contract.serving import (
 from retrieval_contract.tensors import Array
 
 
-class TritonPythonModel:
+class TritonPythonModel(Metered):
     """Triton's Python model interface."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        super().initialize(args)
         tokenizer = (version_folder(args) / TOKENIZER_FILE).read_text("utf-8")
         self.text = TextPreprocessor(tokenizer, text_spec(args), required=True)
 
@@ -27,6 +29,7 @@ class TritonPythonModel:
 
     def _tokenize(self, queries: Array) -> dict[str, Array]:
         batch = self.text(queries.reshape(-1).tolist())
+        self.meters.prepared(batch.mask, batch.status)
         return {
             "query_ids": batch.ids,
             "query_mask": batch.mask,
