@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.workload import Workload, built_in_queries, queries_from_csv
 from deploy.local import LATEST, triton
 from retrieval_client import Catalog, ProductRow, ProductSearch, Settings
-from retrieval_client.ledger import LINES, Timed, ledgers
+from retrieval_client.ledger import LINES, Timed, ledgers, requests_of
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.release import Release
 
@@ -83,7 +83,8 @@ def measure(search: ProductSearch, queries: Iterator[str], callers: int, count: 
     searched(search, queries, callers, max(WARM, callers))
     before = search.encoder.statistics()
     timed = searched(search, queries, callers, count)
-    lines = ledgers(timed, search.encoder.statistics() - before)
+    counted = search.encoder.statistics_since(before, len(requests_of(timed)))
+    lines = ledgers(timed, counted)
     totals = [one.laps["search"] for one in timed]
     columns = {TOTAL: totals} | {name: [one[name] for one in lines] for name in LINES}
     whole = statistics.mean(totals)

@@ -2,7 +2,8 @@
 
 Only Triton's Python stub imports this file. There a metric is a message to another process and
 back, some 20 to 40 µs: a run adds to numbers of its own, and a thread tells Triton twice a second.
-Processes of one model (its instances) add to the same metrics; a start counts its warm-up.
+Processes of one model (its instances) add to the same metrics, and a process that is started
+again goes on from where the dead one was; the warm-up of each start counts.
 """
 
 from __future__ import annotations
@@ -42,30 +43,22 @@ Key = tuple[str, str]
 
 
 class Meters:
-    """One model's counters; safe to call from any thread, and cheap in all of them.
-
-    Where the server was started without metrics, nothing is counted.
-    """
+    """One model's counters; safe to call from any thread, and cheap in all of them."""
 
     def __init__(self, model: str, release_id: str) -> None:
         self.model = model
         self._lock, self._over = threading.Lock(), threading.Event()
         self._metrics: dict[Key, Any] = {}
         self._told: Counter[Key] = Counter()
-        try:
-            self._families = {
-                name: pb_utils.MetricFamily(name, text, pb_utils.MetricFamily.COUNTER)
-                for name, text in COUNTERS.items()
-            }
-            self._info = pb_utils.MetricFamily(
-                RELEASE_INFO, "1 for the release that a model serves", pb_utils.MetricFamily.GAUGE
-            )
-            labels = {"model": model, RELEASE_PARAMETER: release_id}
-            self._release = self._info.Metric(labels=labels)
-            self._release.set(1)
-        except pb_utils.TritonModelException as exc:
-            pb_utils.Logger.log_warn(f"{model}: counts nothing ({exc})")
-            self._over.set()
+        self._families = {
+            name: pb_utils.MetricFamily(name, text, pb_utils.MetricFamily.COUNTER)
+            for name, text in COUNTERS.items()
+        }
+        self._info = pb_utils.MetricFamily(
+            RELEASE_INFO, "1 for the release that a model serves", pb_utils.MetricFamily.GAUGE
+        )
+        self._release = self._info.Metric(labels={"model": model, RELEASE_PARAMETER: release_id})
+        self._release.set(1)
         names = [RUNS, ROWS, TOKENS, PADDING]
         reasons = [(REQUESTS_REFUSED, reason) for reason in (BUSY, LATE)]
         # Known from the start: a counter that appears with its first count hides that count.
@@ -101,9 +94,8 @@ class Meters:
 
     def close(self) -> None:
         """Tell what is left, and no more."""
-        if not self._over.is_set():
-            self._over.set()
-            self._thread.join()
+        self._over.set()
+        self._thread.join()
 
     def _add(self, name: str, reason: str) -> None:
         with self._lock:
@@ -113,8 +105,7 @@ class Meters:
         while not self._over.is_set():
             self._tell()
             self._over.wait(EVERY_S)
-        if self._told:  # nothing where there are no metrics
-            self._tell()
+        self._tell()
 
     def _tell(self) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from deploy import local
 from deploy.tracing import trace_flags
 from retrieval_client import Encoder, Settings
 from retrieval_client.settings import traces_wanted
+from retrieval_client.tracing import LAST_SPANS_S
 from retrieval_contract.errors import DeployError
 from tests.collector import Collector, collecting, silent
 from tests.conftest import ROOT
@@ -109,17 +110,20 @@ def test_a_collector_that_is_away_harms_nothing(
         url = hanging.enter_context(silent())
         with local.triton(release_folder, log=log, otel_url=url) as server:
             settings = Settings(triton=server.grpc_address, milvus=milvus)
+            started = time.monotonic()
+            assert search(settings).returncode == 0
+            plain_s = time.monotonic() - started
             for _ in range(2):
-                asked = time.monotonic()
+                started = time.monotonic()
                 done = search(settings, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=url)
                 assert done.returncode == 0, done.stderr
                 assert "red dress" in done.stdout
                 assert done.stderr == ""
-                assert time.monotonic() - asked < 8, "it may wait 2 s for the collector"
+                assert time.monotonic() - started < 2 * plain_s + LAST_SPANS_S
                 hanging.close()
             stopping = time.monotonic()
     assert server.process.returncode == 0
-    assert time.monotonic() - stopping < 8
+    assert time.monotonic() - stopping < 15
 
 
 # ── what switches it on ──────────────────────────────────────────────────────────────────

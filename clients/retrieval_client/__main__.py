@@ -263,13 +263,14 @@ def explained(
     search.many(args.queries, limit=args.limit)
     before = search.encoder.statistics()
     found, timed = search.timed(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
-    (lines,) = ledgers([timed], search.encoder.statistics() - before)
+    counted = search.encoder.statistics_since(before, len(timed.requests))
+    (lines,) = ledgers([timed], counted)
     lines["total"] = timed.laps["search"]
     return found, {line: round(seconds * 1e3, 3) for line, seconds in lines.items()}
 
 
 def _ledger_table(ledger: dict[str, float]) -> Table:
-    table = Table(title="where the time went", title_justify="left")
+    table = Table(title="where the time of a further search went", title_justify="left")
     for name in ("line", "ms", "share", "is"):
         table.add_column(name, justify="right" if name in ("ms", "share") else "left")
     for line, ms in ledger.items():

@@ -30,6 +30,9 @@ from retrieval_contract.tensors import Array, Ensemble
 SHARED_ROWS, SHARED_BYTES = 16, 4096
 """What one caller may add to a request that callers share; more travels alone."""
 
+COUNTED_S = 5e-3
+"""Between two looks at statistics that lag."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -127,6 +130,18 @@ class Encoder:
         deadline = Deadline(self.timeout_s)
         request = pb.ModelStatisticsRequest()
         return Statistics.from_reply(self._call("ModelStatistics", request, "statistics", deadline))
+
+    def statistics_since(self, before: Statistics, requests: int) -> Statistics:
+        """What it has counted of so many requests of queries: it counts moments after it answers.
+
+        Others' requests in between count as well.
+        """
+        deadline = Deadline(self.timeout_s)
+        while True:
+            found = self.statistics() - before
+            if found.requests.get(models.QUERY_ENCODER.name, 0) >= requests or deadline.passed:
+                return found
+            time.sleep(COUNTED_S)
 
     def probe(self, probes: Probes) -> float:
         """Ask for a release's golden probes; the lowest cosine, 1 where all is exact.

@@ -19,9 +19,9 @@ from retrieval_contract import models
 from retrieval_contract.took import Took
 
 LINES = {
-    "coalesce": "waiting for a request that callers share",
+    "coalesce": "waiting for a request, which callers share",
     "build": "texts to a request",
-    "wire": "gRPC there and back",
+    "wire": "gRPC there and back, with what Triton does besides",
     "queue": "waiting in the server",
     "tokenize": "texts to token ids",
     "tower": "token ids to vectors",
@@ -56,42 +56,33 @@ def took_from_reply(reply: Any) -> Took | None:
 class Statistics:
     """Triton's sums over good requests, in seconds, by model; subtract two to have those between.
 
-    An ensemble's own queue is not read: Triton sums other things there.
+    `compute_s` ends when the model's answer is there. What Triton counts after that (output, and a
+    request's whole) overlaps with the client's having the reply. An ensemble's own queue is never
+    read: Triton sums other things there.
     """
 
     requests: Mapping[str, int]
-    total_s: Mapping[str, float]
     queue_s: Mapping[str, float]
     compute_s: Mapping[str, float]
 
     @classmethod
     def from_reply(cls, reply: Any) -> Statistics:
-        """Of a ModelStatisticsResponse; of several versions only those that were asked count."""
+        """Of a ModelStatisticsResponse; of several versions the one that was asked."""
         found: dict[str, Any] = {}
         for model in reply.model_stats:
             if model.inference_stats.success.count or model.name not in found:
                 found[model.name] = model.inference_stats
         return cls(
             {name: s.success.count for name, s in found.items()},
-            {name: s.success.ns / 1e9 for name, s in found.items()},
             {name: s.queue.ns / 1e9 for name, s in found.items()},
-            {
-                name: (s.compute_input.ns + s.compute_infer.ns + s.compute_output.ns) / 1e9
-                for name, s in found.items()
-            },
+            {name: (s.compute_input.ns + s.compute_infer.ns) / 1e9 for name, s in found.items()},
         )
 
     def __sub__(self, before: Statistics) -> Statistics:
         return Statistics(
             {name: n - before.requests.get(name, 0) for name, n in self.requests.items()},
-            *(
-                {name: s - earlier.get(name, 0.0) for name, s in now.items()}
-                for now, earlier in (
-                    (self.total_s, before.total_s),
-                    (self.queue_s, before.queue_s),
-                    (self.compute_s, before.compute_s),
-                )
-            ),
+            {name: s - before.queue_s.get(name, 0.0) for name, s in self.queue_s.items()},
+            {name: s - before.compute_s.get(name, 0.0) for name, s in self.compute_s.items()},
         )
 
     def mean(self, sums: Mapping[str, float], model: str) -> float:
@@ -134,27 +125,29 @@ class _Means:
     handover_s: float
 
 
+def requests_of(searches: Sequence[Timed]) -> list[RequestTimes]:
+    """The requests of all, each once."""
+    return list({id(r): r for search in searches for r in search.requests}.values())
+
+
 def ledgers(searches: Sequence[Timed], server: Statistics) -> list[dict[str, float]]:
     """Of each search the seconds by line of LINES; `server`: what Triton counted meanwhile.
 
     Where several searches shared a request each of them waited for the whole of it.
     """
-    distinct = {id(request): request for search in searches for request in search.requests}
-    means = _means(server, [r.took for r in distinct.values() if r.took])
+    means = _means(server, [r.took for r in requests_of(searches) if r.took])
     return [_ledger(search, means) for search in searches]
 
 
 def _means(server: Statistics, told: Sequence[Took]) -> _Means:
     queries = models.QUERY_ENCODER
-    total_s = server.mean(server.total_s, queries.name)
     if told:  # one process: what Triton has beyond the process's own time is the way there and back
-        queue_s = server.mean(server.queue_s, queries.name)
         model_s = sum(took.model_s for took in told) / len(told)
-        return _Means(queue_s, 0.0, 0.0, max(0.0, total_s - queue_s - model_s))
+        around_s = max(0.0, server.mean(server.compute_s, queries.name) - model_s)
+        return _Means(server.mean(server.queue_s, queries.name), 0.0, 0.0, around_s)
     queue_s = sum(server.mean(server.queue_s, step.name) for step in queries.steps)
     tokenize_s, tower_s = (server.mean(server.compute_s, step.name) for step in queries.steps)
-    rest_s = max(0.0, total_s - queue_s - tokenize_s - tower_s)
-    return _Means(queue_s, tokenize_s, tower_s, rest_s)
+    return _Means(queue_s, tokenize_s, tower_s, 0.0)
 
 
 def _ledger(search: Timed, means: _Means) -> dict[str, float]:
