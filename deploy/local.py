@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="opens loading, shared memory, tracing and logging to who sends the key in it",
     )
+    top.add_argument("--otel-url", help="OTLP/HTTP collector, for the spans of traced requests")
     add_profile_flag(top)
     add_cache_flag(top)
     top.add_argument(
@@ -91,6 +92,7 @@ def main() -> None:
             tls=tls_of(args),
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
             profile=profile_from(args),
+            otel_url=args.otel_url,
         ) as server:
             _announce(server)
             with supervised(server, args.hung_s) as supervisor:

@@ -17,6 +17,7 @@ from typing import IO
 from deploy.door import Door
 from deploy.instance import ASK_S, Instance, kept_flags
 from deploy.security import Tls, new_key
+from deploy.tracing import trace_flags
 from deploy.tuning import Profile, lay_over
 from deploy.wheel import ROOT, SERVER_PYTHON, Wheel, find_wheel
 from retrieval_contract import models
@@ -146,6 +147,7 @@ def triton(
     tls: Tls | None = None,
     control_key: str | None = None,
     profile: Profile | None = None,
+    otel_url: str | None = None,
 ) -> Iterator[Server]:
     """Run Triton over a release until the block ends; yields once it gave the release's probes.
 
@@ -163,7 +165,7 @@ def triton(
         control_key = control_key or new_key()
         profile = profile or Profile()
         more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
-        more += lay_over(profile, repository)
+        more += [*trace_flags(otel_url), *lay_over(profile, repository)]
         args = command(wheel, backends, repository, host, ports, Target.LOCAL, more)
         instance = Instance(
             args,

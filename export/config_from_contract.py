@@ -69,8 +69,9 @@ def ensemble_config(ensemble: Ensemble, release: Release, release_id: str) -> Mo
 
 
 def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> ModelConfig:
-    """All steps of an ensemble in one Python process."""
+    """All steps of an ensemble in one Python process, which can say what each took."""
     config = _computing(ensemble, release, release_id)
+    config.output.append(_output(models.TIMINGS, release))
     config.backend = "python"
     config.default_model_filename = models.PYTHON_FILE
     _set(config, "text", asdict(release.query))
@@ -118,9 +119,7 @@ def _base(part: Model | Ensemble, release: Release, release_id: str) -> ModelCon
     for tensor in part.inputs:
         config.input.append(_input(tensor, release))
     for tensor in part.outputs:
-        config.output.append(
-            ModelOutput(name=tensor.name, data_type=tensor.dtype.config, dims=release.dims(tensor))
-        )
+        config.output.append(_output(tensor, release))
     config.parameters[RELEASE_PARAMETER].string_value = release_id
     return config
 
@@ -150,6 +149,11 @@ def _computing(model: Model | Ensemble, release: Release, release_id: str) -> Mo
 def _input(tensor: Tensor, release: Release) -> ModelInput:
     dims = release.dims(tensor)
     return ModelInput(name=tensor.name, data_type=tensor.dtype.config, dims=dims)
+
+
+def _output(tensor: Tensor, release: Release) -> ModelOutput:
+    dims = release.dims(tensor)
+    return ModelOutput(name=tensor.name, data_type=tensor.dtype.config, dims=dims)
 
 
 def _set(config: ModelConfig, name: str, value: object) -> None:

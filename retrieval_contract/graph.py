@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ class OnnxGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = self.session.get_inputs()
+        self.on_run: Callable[[dict[str, Array]], None] | None = None
+        """Told what each run computes, padding included."""
         self.inputs = [i.name for i in inputs]
         self.outputs = [o.name for o in self.session.get_outputs()]
         # Only where the graph takes any length: some towers were trained on full padding.
@@ -52,4 +55,6 @@ class OnnxGraph:
         return found
 
     def _run(self, feed: dict[str, Array]) -> dict[str, Array]:
+        if self.on_run:
+            self.on_run(feed)
         return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from retrieval_contract.tensors import Batch, Dtype, Engine, Ensemble, Model, Tensor, UpTo
+from retrieval_contract.took import Took
 
 # ── what callers send ────────────────────────────────────────────────────────────────────
 QUERY = Tensor("query", Dtype.BYTES, (1,), "one search query, UTF-8")
@@ -28,6 +29,10 @@ HAS_IMAGE = Tensor("has_image", Dtype.INT32, (1,), "1 when the image is there, e
 QUERY_VECTOR = Tensor("query_vector", Dtype.FP32, ("vector_dim",), "unit norm; 0 if refused")
 PRODUCT_VECTOR = Tensor("product_vector", Dtype.FP32, ("vector_dim",), "unit norm; 0 if refused")
 ITEM_STATUS = Tensor("item_status", Dtype.BYTES, (1,), "empty = good, else `reason: detail`")
+
+# ── what callers get besides, who send the parameter EXPLAIN to a model in one process ───
+EXPLAIN = "explain"
+TIMINGS = Tensor("timings", Dtype.FP32, (len(Took._fields),), "a Took: of the run, on every row")
 
 # A query is short and many callers ask at once; a product is a picture. Both bounds are the
 # most rows that one request, and one merged batch, may hold.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,27 @@ import triton_python_backend_utils as pb_utils
 
 from retrieval_contract.door import PATIENCE_S, TRAFFIC, Busy, Door, Lane, Refusal
 from retrieval_contract.graph import OnnxGraph
+from retrieval_contract.meters import Meters
 from retrieval_contract.models import (
+    EXPLAIN,
     ITEM_STATUS,
     ONNX_FILE,
     QUERY_IDS,
     QUERY_MASK,
     QUERY_TOKENIZER,
     QUERY_TOWER,
+    TIMINGS,
     TOKENIZER_FILE,
 )
 from retrieval_contract.preprocess import TextPreprocessor
-from retrieval_contract.release import ImageSpec, TextSpec, image_spec_from_json
+from retrieval_contract.release import (
+    RELEASE_PARAMETER,
+    ImageSpec,
+    TextSpec,
+    image_spec_from_json,
+)
 from retrieval_contract.tensors import Array
+from retrieval_contract.took import Took
 
 
 def version_folder(args: dict[str, str]) -> Path:
@@ -63,6 +73,10 @@ class Behind:
     backend 2.51 allows it to models that are not decoupled as well.
     """
 
+    meters: Meters
+    took: Took | None = None
+    """What the stages of the last run took, of models that can tell."""
+
     def load(self, args: dict[str, str]) -> None:
         """Read what the model needs."""
         raise NotImplementedError
@@ -74,6 +88,8 @@ class Behind:
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton, once."""
         config = json.loads(args["model_config"])
+        release_id = config["parameters"][RELEASE_PARAMETER]["string_value"]
+        self.meters = Meters(args["model_name"], release_id)
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._door: Door[_Asked] = Door(config["max_batch_size"])
         self.load(args)
@@ -85,10 +101,14 @@ class Behind:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = _Asked(sender, _rows(request, self._inputs))
-                self._door.enter(asked, len(asked.arrays[0]), _lane(request), _time_s(request))
+                arrays, said = (
+                    _rows(request, self._inputs),
+                    json.loads(request.parameters() or "{}"),
+                )
+                asked = _Asked(sender, arrays, EXPLAIN in said)
+                self._door.enter(asked, len(arrays[0]), _lane(said), _time_s(request))
             except Busy as exc:
-                _refuse(sender, Refusal.BUSY, str(exc))
+                self._refuse(sender, Refusal.BUSY, str(exc))
             except Exception as exc:
                 _send(sender, _failure(exc))
         self._door.hold()
@@ -97,6 +117,7 @@ class Behind:
         """Called by Triton when it unloads: who was let in is answered."""
         self._door.close()
         self._worker.join()
+        self.meters.close()
 
     def _work(self) -> None:
         while (batches := self._door.take()) is not None:
@@ -104,12 +125,13 @@ class Behind:
             replies = self._replies(batch) if batch else []
             self._door.done()
             for asked in late:
-                _refuse(asked.sender, Refusal.LATE, "could not be computed in its time")
+                self._refuse(asked.sender, Refusal.LATE, "could not be computed in its time")
             for asked, reply in zip(batch, replies, strict=True):
                 _send(asked.sender, reply)
 
     def _replies(self, batch: Sequence[_Asked]) -> list[Any]:
         """One response a request."""
+        began = time.perf_counter()
         try:
             arrays = map(np.concatenate, zip(*(asked.arrays for asked in batch), strict=True))
             outputs = self.compute(*arrays)
@@ -118,13 +140,27 @@ class Behind:
             return [
                 pb_utils.InferenceResponse(
                     [pb_utils.Tensor(n, np.ascontiguousarray(p[i])) for n, p in split.items()]
+                    + self._explained(asked, began)
                 )
-                for i in range(len(batch))
+                for i, asked in enumerate(batch)
             ]
         except Exception as exc:
             if len(batch) > 1:
                 return [self._replies([asked])[0] for asked in batch]
             return [_failure(exc)]
+
+    def _explained(self, asked: _Asked, began: float) -> list[Any]:
+        """TIMINGS for a request that asks for them; this Triton's replies have no parameters."""
+        if self.took is None or not asked.explain:
+            return []
+        times = {"wait_s": began - asked.entered, "model_s": time.perf_counter() - asked.entered}
+        row = np.array(self.took._replace(**times), TIMINGS.dtype.numpy)
+        return [pb_utils.Tensor(TIMINGS.name, np.tile(row, (len(asked.arrays[0]), 1)))]
+
+    def _refuse(self, sender: Any, refusal: Refusal, detail: str) -> None:
+        self.meters.refused_request(refusal)
+        error = pb_utils.TritonError(f"{refusal}: {detail}", pb_utils.TritonError.UNAVAILABLE)
+        _send(sender, pb_utils.InferenceResponse(error=error))
 
 
 @dataclass(frozen=True)
@@ -133,6 +169,8 @@ class _Asked:
 
     sender: Any
     arrays: list[Array]
+    explain: bool
+    entered: float = field(default_factory=time.perf_counter)
 
 
 def _rows(request: Any, names: Sequence[str]) -> list[Array]:
@@ -144,21 +182,15 @@ def _rows(request: Any, names: Sequence[str]) -> list[Array]:
     return arrays
 
 
-def _lane(request: Any) -> Lane:
+def _lane(parameters: Mapping[str, Any]) -> Lane:
     """The parameter `traffic`; whoever says nothing waits for an answer."""
-    said = json.loads(request.parameters() or "{}").get(TRAFFIC, Lane.INTERACTIVE)
-    return Lane.BULK if said == Lane.BULK else Lane.INTERACTIVE
+    return Lane.BULK if parameters.get(TRAFFIC) == Lane.BULK else Lane.INTERACTIVE
 
 
 def _time_s(request: Any) -> float:
     """The parameter `timeout`, microseconds in KServe's protocol; some time when it is absent."""
     said: int = request.timeout()
     return said / 1e6 if said > 0 else PATIENCE_S
-
-
-def _refuse(sender: Any, refusal: Refusal, detail: str) -> None:
-    error = pb_utils.TritonError(f"{refusal}: {detail}", pb_utils.TritonError.UNAVAILABLE)
-    _send(sender, pb_utils.InferenceResponse(error=error))
 
 
 def _failure(exc: Exception) -> Any:
@@ -183,6 +215,7 @@ class OnnxTower(Behind):
         """The graph beside this model; thread count from the config."""
         threads = parameter(args, "intra_op_threads")
         self.graph = OnnxGraph(version_folder(args) / ONNX_FILE, threads)
+        self.graph.on_run = self.meters.ran
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
         """One run."""
@@ -201,10 +234,14 @@ class OnnxQueryEncoder(Behind):
         text = (tokenizer / TOKENIZER_FILE).read_text("utf-8")
         self.preprocess = TextPreprocessor(text, text_spec(args), required=True)
         self.graph = OnnxGraph(tower / ONNX_FILE, parameter(args, "intra_op_threads"))
+        self.graph.on_run = self.meters.ran
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
         """Texts → vectors and statuses."""
-        (queries,) = arrays
-        batch = self.preprocess(queries.reshape(-1).tolist())
+        start = time.perf_counter()
+        batch = self.preprocess(arrays[0].reshape(-1).tolist())
+        tokenized = time.perf_counter()
         found = self.graph({QUERY_IDS.name: batch.ids, QUERY_MASK.name: batch.mask})
+        self.took = Took(tokenize_s=tokenized - start, tower_s=time.perf_counter() - tokenized)
+        self.meters.refused_items(batch.status)
         return found | {ITEM_STATUS.name: strings(batch.status)}

@@ -32,11 +32,13 @@ from rich.table import Table
 
 from retrieval_client.catalog import Catalog, Hit
 from retrieval_client.encoder import Encoder
+from retrieval_client.ledger import LINES, ledgers
 from retrieval_client.picture import draw_results
 from retrieval_client.push import Push, PushReport
 from retrieval_client.search import ProductSearch
-from retrieval_client.settings import Settings
+from retrieval_client.settings import Settings, traces_wanted
 from retrieval_client.sources import Columns, Source
+from retrieval_client.tracing import export_spans
 from retrieval_contract.door import Lane
 from retrieval_contract.errors import ItemError, RetrievalError
 from retrieval_contract.probes import Probes
@@ -78,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", parents=[shared], help="find products by text")
     search.add_argument("queries", nargs="+", metavar="QUERY")
     search.add_argument("--limit", type=int, default=10)
+    search.add_argument("--explain", action="store_true", help="say where the time went")
     search.add_argument("--image-out", type=picture_path, help="write the results as a picture")
     search.set_defaults(run=run_search)
 
@@ -109,6 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     # pymilvus logs a traceback for every error that it also raises; we say it once, readably.
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+    send_spans = export_spans() if traces_wanted() else None
+    if traces_wanted() and not send_spans:
+        console.print("no spans: expected OpenTelemetry, got none; install make-retrieval[trace]")
     try:
         settings = Settings.from_env().override(
             triton=args.triton,
@@ -129,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("stopped; what was stored stays, run it again to go on")
         code = EXIT_ERROR
+    finally:
+        if send_spans:
+            send_spans()
     sys.exit(code)
 
 
@@ -213,8 +222,12 @@ def _say_push(args: argparse.Namespace, report: PushReport, total: int, elapsed_
 
 def run_search(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval search`: good queries are answered, bad ones said."""
-    with ProductSearch(settings) as search:
-        found = search.many(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
+    ledger: dict[str, float] = {}
+    with ProductSearch(settings, explain=args.explain) as search:
+        if args.explain:
+            found, ledger = explained(search, args)
+        else:
+            found = search.many(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
     answers = list(zip(args.queries, found, strict=True))
     good = {query: hits for query, hits in answers if not isinstance(hits, ItemError)}
     if args.image_out and good:
@@ -226,7 +239,7 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
             else {"query": query, "hits": [_hit_json(hit) for hit in hits]}
             for query, hits in answers
         ]
-        print(json.dumps(said))
+        print(json.dumps({"searches": said, "ledger_ms": ledger} if args.explain else said))
     else:
         for query, hits in answers:
             if isinstance(hits, ItemError):
@@ -235,7 +248,36 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
                 Console().print(_hit_table(query, hits))
         if args.image_out and good:
             console.print(f"picture: {args.image_out}", markup=False)
+        if args.explain:
+            Console().print(_ledger_table(ledger))
     return 0 if len(good) == len(set(args.queries)) else EXIT_REFUSED
+
+
+def explained(
+    search: ProductSearch, args: argparse.Namespace
+) -> tuple[list[list[Hit] | ItemError], dict[str, float]]:
+    """The answers, and the milliseconds of each line and of the total.
+
+    Connected, and asked once, before: a first search pays for what later ones do not.
+    """
+    search.connect()
+    search.many(args.queries, limit=args.limit)
+    before = search.encoder.statistics()
+    found, timed = search.timed(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
+    counted = search.encoder.statistics_since(before, len(timed.requests))
+    (lines,) = ledgers([timed], counted)
+    lines["total"] = timed.laps["search"]
+    return found, {line: round(seconds * 1e3, 3) for line, seconds in lines.items()}
+
+
+def _ledger_table(ledger: dict[str, float]) -> Table:
+    table = Table(title="where the time of a further search went", title_justify="left")
+    for name in ("line", "ms", "share", "is"):
+        table.add_column(name, justify="right" if name in ("ms", "share") else "left")
+    for line, ms in ledger.items():
+        share = ms / ledger["total"]
+        table.add_row(line, f"{ms:.2f}", f"{share:.0%}", LINES.get(line, "measured around all"))
+    return table
 
 
 def _hit_table(query: str, hits: list[Hit]) -> Table:

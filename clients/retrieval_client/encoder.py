@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -15,10 +16,12 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from retrieval_client.channel import channel_to
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
+from retrieval_client.ledger import RequestTimes, Statistics, took_from_reply
 from retrieval_client.replicas import Patience, Replicas
 from retrieval_client.retry import Backoff, RetryBudget
 from retrieval_client.settings import Settings
 from retrieval_client.spelling import query_bytes, text_bytes
+from retrieval_client.tracing import traceparent
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import arrays_from_reply, request_from_rows
 from retrieval_contract import models
@@ -41,6 +44,9 @@ SHARED_ROWS, SHARED_BYTES = 16, 4096
 UNCACHED = replace(models.QUERY_ENCODER, name=models.QUERY_UNCACHED)
 """The same behind the cache, of a server that has one."""
 
+COUNTED_S = 5e-3
+"""Between two looks at statistics that lag."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -53,15 +59,19 @@ class Served:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why."""
+    """`vectors`: float32 (rows, vector_dim), unit norm, zero where `errors[row]` says why.
+
+    `requests`: what each request took, of an Encoder that explains.
+    """
 
     vectors: Array
     errors: list[ItemError | None]
     served: Served
+    requests: tuple[RequestTimes, ...] = ()
 
     def __getitem__(self, part: slice) -> Encoded:
         """Some of the rows."""
-        return Encoded(self.vectors[part], self.errors[part], self.served)
+        return Encoded(self.vectors[part], self.errors[part], self.served, self.requests)
 
     def vector(self, row: int) -> Array:
         """One vector (vector_dim,); raises the row's ItemError if it was refused."""
@@ -82,8 +92,10 @@ class Encoder:
     refuses, because it drains or is gone, is sent again to the others.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, explain: bool = False) -> None:
+        """`explain`: ask the server what each request took (`ledger.py`)."""
         self.address = settings.triton
+        self._explain = explain
         self.timeout_s = settings.timeout_s
         self._channel = channel_to(settings)
         self._stub = GRPCInferenceServiceStub(self._channel)
@@ -145,6 +157,27 @@ class Encoder:
         with triton_errors(self.address, "metadata"):
             reply = self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=deadline.left_s)
         return f"{reply.name} {reply.version}"
+
+    def statistics(self) -> Statistics:
+        """What Triton has counted since it started."""
+        deadline = Deadline(self.timeout_s)
+        with triton_errors(self.address, "statistics"):
+            request = pb.ModelStatisticsRequest()
+            return Statistics.from_reply(
+                self._stub.ModelStatistics(request, timeout=deadline.left_s)
+            )
+
+    def statistics_since(self, before: Statistics, requests: int) -> Statistics:
+        """What it has counted of so many requests of queries: it counts moments after it answers.
+
+        Others' requests in between count as well.
+        """
+        deadline = Deadline(self.timeout_s)
+        while True:
+            found = self.statistics() - before
+            if found.requests.get(models.QUERY_ENCODER.name, 0) >= requests or deadline.passed:
+                return found
+            time.sleep(COUNTED_S)
 
     def probe(self, probes: Probes) -> float:
         """Ask for a release's golden probes; the lowest cosine, 1 where all is exact.
@@ -229,15 +262,17 @@ class Encoder:
         count = len(next(iter(columns.values())))
         parts = [np.empty((0, served.vector_dim), np.float32)]
         errors: list[ItemError | None] = []
+        times: list[RequestTimes] = []
         for start in range(0, count, ensemble.batch.max):
             part = {n: rows[start : start + ensemble.batch.max] for n, rows in columns.items()}
-            arrays = self._arrays(served, ensemble, part, dims, deadline)
+            arrays, request_times = self._arrays(served, ensemble, part, dims, deadline)
             parts.append(arrays[output])
+            times.append(request_times)
             errors += [
                 ItemError.from_status(status.decode()) if status else None
                 for status in arrays[models.ITEM_STATUS.name]
             ]
-        return Encoded(np.concatenate(parts), errors, served)
+        return Encoded(np.concatenate(parts), errors, served, tuple(times))
 
     def _arrays(
         self,
@@ -246,18 +281,26 @@ class Encoder:
         part: Mapping[str, Sequence[bytes]],
         dims: Mapping[str, tuple[int, ...]],
         deadline: Deadline,
-    ) -> dict[str, Array]:
+    ) -> tuple[dict[str, Array], RequestTimes]:
+        started = time.perf_counter()
         request = request_from_rows(ensemble, part)
         request.model_version = str(version_of(served.release_id))
+        if self._explain:
+            request.parameters[models.EXPLAIN].bool_param = True
+        sent = time.perf_counter()
         reply = self._infer(request, deadline, served)
+        came = time.perf_counter()
         try:
-            return arrays_from_reply(ensemble, reply, len(next(iter(part.values()))), dims)
+            arrays = arrays_from_reply(ensemble, reply, len(next(iter(part.values()))), dims)
         except ServerError:
             if not (served.cached and ensemble is models.QUERY_ENCODER):
                 raise
-        # A cache's key leaves out which outputs were asked for: whoever asks it directly for a
-        # part leaves half an answer there for all. Behind it is the whole one.
-        return self._arrays(served, UNCACHED, part, dims, deadline)
+            # A cache's key leaves out which outputs were asked for: whoever asks it directly for a
+            # part leaves half an answer there for all. Behind it is the whole one.
+            return self._arrays(served, UNCACHED, part, dims, deadline)
+        took = took_from_reply(reply) if self._explain else None
+        times = RequestTimes(sent - started, came - sent, time.perf_counter() - came, took)
+        return arrays, times
 
     def _describe_both(
         self, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
@@ -276,7 +319,8 @@ class Encoder:
         sizes = {"vector_dim": vector}
         for declared, found in ((ensemble.inputs, config.input), (ensemble.outputs, config.output)):
             wanted = [(t.name, t.dtype.config, list(t.dims(sizes))) for t in declared]
-            got = [(t.name, pb_type(t), list(t.dims)) for t in found]
+            extra = models.TIMINGS.name  # which only a model in one process has
+            got = [(t.name, pb_type(t), list(t.dims)) for t in found if t.name != extra]
             if wanted != got:
                 raise ContractError(
                     f"Triton at {address}, {ensemble.name}: expected {wanted}, got {got}; "
@@ -300,11 +344,12 @@ class Encoder:
         self._budget.earn()
         attempt = Deadline(deadline.left_s / 2)
         request.parameters[TRAFFIC].string_param = self._traffic
+        trace = traceparent()
         while True:
             request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
             try:
                 with triton_errors(self.address, request.model_name):
-                    return self._stub.ModelInfer(request, timeout=attempt.left_s)
+                    return self._stub.ModelInfer(request, timeout=attempt.left_s, metadata=trace)
             except DeadlineExceeded:
                 if deadline.passed or not self._budget.spend():
                     raise

@@ -13,6 +13,15 @@ from retrieval_contract.errors import RetrievalError
 
 PREFIX = "RETRIEVAL_"
 
+COLLECTORS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def traces_wanted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether OpenTelemetry's own variables name a collector, and do not switch it off."""
+    off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    off = off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp"
+    return not off and any(environ.get(name) for name in COLLECTORS)
+
 
 @dataclass(frozen=True)
 class Settings:

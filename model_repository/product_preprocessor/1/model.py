@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retrieval_contract.models import ITEM_STATUS, TOKENIZER_FILE
+from retrieval_contract.models import ITEM_STATUS, TITLE_MASK, TOKENIZER_FILE
 from retrieval_contract.preprocess import ProductPreprocessor
 from retrieval_contract.serving import Behind, image_spec, strings, text_spec, version_folder
 from retrieval_contract.tensors import Array
@@ -17,4 +17,5 @@ class TritonPythonModel(Behind):
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
         batch = self.products(*(array.reshape(-1).tolist() for array in arrays))
+        self.meters.prepared(batch.tensors[TITLE_MASK.name], batch.status)
         return batch.tensors | {ITEM_STATUS.name: strings(batch.status)}

@@ -17,6 +17,7 @@ class TritonPythonModel(Behind):
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
         batch = self.text(arrays[0].reshape(-1).tolist())
+        self.meters.prepared(batch.mask, batch.status)
         return {
             QUERY_IDS.name: batch.ids,
             QUERY_MASK.name: batch.mask,

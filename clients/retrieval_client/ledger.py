@@ -1,0 +1,175 @@
+"""Where the time of a search goes: lines that add up to what was measured.
+
+Times come from three clocks: the client's own; what the model's process says of its run (`Took`,
+only where tokenizer and tower are one model); and Triton's statistics, which count over all
+requests between two looks. Of a lone request the latter are exact, of many in flight a mean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retrieval_contract import models
+from retrieval_contract.took import Took
+
+LINES = {
+    "coalesce": "waiting for a request, which callers share",
+    "build": "texts to a request",
+    "wire": "gRPC there and back, with what Triton does besides",
+    "queue": "waiting in the server",
+    "tokenize": "texts to token ids",
+    "tower": "token ids to vectors",
+    "handover": "Triton to the model's process and back, merging and cutting batches",
+    "decode": "reply to arrays",
+    "milvus": "vectors to hits",
+    "unexplained": "what no line has",
+}
+"""Each line of a ledger, in order, and what it is; they are seconds that add up to the total."""
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """One request as its sender saw it, in seconds; `took` where the model said it."""
+
+    build_s: float
+    call_s: float
+    decode_s: float
+    took: Took | None
+
+
+def took_from_reply(reply: Any) -> Took | None:
+    """The timings in a reply to a request that asked for them; None where there are none."""
+    for output, contents in zip(reply.outputs, reply.raw_output_contents, strict=False):
+        if output.name == models.TIMINGS.name:
+            row = np.frombuffer(contents, models.TIMINGS.dtype.numpy)[: len(Took._fields)]
+            return Took(*row.tolist())
+    return None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Triton's sums over good requests, in seconds, by model; subtract two to have those between.
+
+    `compute_s` ends when the model's answer is there. What Triton counts after that (output, and a
+    request's whole) overlaps with the client's having the reply. An ensemble's own queue is never
+    read: Triton sums other things there.
+    """
+
+    requests: Mapping[str, int]
+    queue_s: Mapping[str, float]
+    compute_s: Mapping[str, float]
+
+    @classmethod
+    def from_reply(cls, reply: Any) -> Statistics:
+        """Of a ModelStatisticsResponse; of several versions the one that was asked."""
+        found: dict[str, Any] = {}
+        for model in reply.model_stats:
+            if model.inference_stats.success.count or model.name not in found:
+                found[model.name] = model.inference_stats
+        return cls(
+            {name: s.success.count for name, s in found.items()},
+            {name: s.queue.ns / 1e9 for name, s in found.items()},
+            {name: (s.compute_input.ns + s.compute_infer.ns) / 1e9 for name, s in found.items()},
+        )
+
+    def __sub__(self, before: Statistics) -> Statistics:
+        return Statistics(
+            {name: n - before.requests.get(name, 0) for name, n in self.requests.items()},
+            {name: s - before.queue_s.get(name, 0.0) for name, s in self.queue_s.items()},
+            {name: s - before.compute_s.get(name, 0.0) for name, s in self.compute_s.items()},
+        )
+
+    def mean(self, sums: Mapping[str, float], model: str) -> float:
+        """Per request of that model; 0 when it had none."""
+        count = self.requests.get(model, 0)
+        return sums.get(model, 0.0) / count if count else 0.0
+
+
+@dataclass
+class Laps:
+    """Seconds by name; a `tracing.Span` that keeps them."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One search: its laps by name (`search`, `encode`, `milvus`), and the requests it was in."""
+
+    laps: Mapping[str, float]
+    requests: Sequence[RequestTimes]
+
+
+@dataclass(frozen=True)
+class _Means:
+    """What only Triton's statistics tell, per request, in seconds."""
+
+    queue_s: float
+    tokenize_s: float
+    tower_s: float
+    handover_s: float
+
+
+def requests_of(searches: Sequence[Timed]) -> list[RequestTimes]:
+    """The requests of all, each once."""
+    return list({id(r): r for search in searches for r in search.requests}.values())
+
+
+def ledgers(searches: Sequence[Timed], server: Statistics) -> list[dict[str, float]]:
+    """Of each search the seconds by line of LINES; `server`: what Triton counted meanwhile.
+
+    Where several searches shared a request each of them waited for the whole of it.
+    """
+    means = _means(server, [r.took for r in requests_of(searches) if r.took])
+    return [_ledger(search, means) for search in searches]
+
+
+def _means(server: Statistics, told: Sequence[Took]) -> _Means:
+    queries = models.QUERY_ENCODER
+    if told:  # one process: what Triton has beyond the process's own time is the way there and back
+        model_s = sum(took.model_s for took in told) / len(told)
+        around_s = max(0.0, server.mean(server.compute_s, queries.name) - model_s)
+        return _Means(server.mean(server.queue_s, queries.name), 0.0, 0.0, around_s)
+    queue_s = sum(server.mean(server.queue_s, step.name) for step in queries.steps)
+    tokenize_s, tower_s = (server.mean(server.compute_s, step.name) for step in queries.steps)
+    return _Means(queue_s, tokenize_s, tower_s, 0.0)
+
+
+def _ledger(search: Timed, means: _Means) -> dict[str, float]:
+    lines = dict.fromkeys(LINES, 0.0)
+    for request in search.requests:
+        took = request.took or Took()
+        steps_s = took.wait_s + took.tokenize_s + took.tower_s
+        server = {
+            "queue": means.queue_s + took.wait_s,
+            "tokenize": means.tokenize_s + took.tokenize_s,
+            "tower": means.tower_s + took.tower_s,
+            "handover": means.handover_s + took.model_s - steps_s,
+        }
+        spent = server | {
+            "build": request.build_s,
+            "wire": request.call_s - sum(server.values()),
+            "decode": request.decode_s,
+        }
+        for line, seconds in spent.items():
+            lines[line] += seconds
+    asked_s = sum(r.build_s + r.call_s + r.decode_s for r in search.requests)
+    lines["coalesce"] = search.laps["encode"] - asked_s
+    lines["milvus"] = search.laps.get("milvus", 0.0)
+    lines["unexplained"] = search.laps["search"] - sum(lines.values())
+    return lines
