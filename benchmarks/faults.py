@@ -22,7 +22,7 @@ import numpy as np
 from deploy.local import supervised
 from deploy.server import LOOPBACK, Ports, Server, choose_ports, triton
 from deploy.stubs import stubs_of
-from deploy.supervisor import HUNG_S
+from deploy.supervisor import HUNG_S, Restarts
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_contract.errors import RetrievalError
@@ -128,9 +128,11 @@ class Load:
 
 
 @contextmanager
-def kept(release: Path, log: IO[str] = sys.stderr, hung_s: float = HUNG_S) -> Iterator[Server]:
+def kept(
+    release: Path, log: IO[str] = sys.stderr, restarts: Restarts | None = None
+) -> Iterator[Server]:
     """A server that is looked after, as `python -m deploy.local` does."""
-    with triton(release, log=log) as server, supervised(server, hung_s):
+    with triton(release, log=log) as server, supervised(server, HUNG_S, restarts):
         yield server
 
 
@@ -153,9 +155,12 @@ def stub_kills(release: Path, trials: int, log: IO[str] = sys.stderr) -> Outcome
 
 
 def server_kills(release: Path, trials: int, log: IO[str] = sys.stderr) -> Outcome:
-    """End the server itself while callers ask, by SIGKILL and SIGABRT in turn."""
+    """End the server itself while callers ask, by SIGKILL and SIGABRT in turn.
+
+    The supervisor never tires here, and makes no pauses: they would add to `back_s`.
+    """
     with (
-        kept(release, log) as server,
+        kept(release, log, Restarts(most=trials + 1, pause_s=0.0)) as server,
         Load(Settings(triton=server.grpc_address, timeout_s=TIMEOUT_S)).running() as load,
     ):
         killed = []

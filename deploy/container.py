@@ -99,6 +99,8 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
             "--allow-http=false: expected HTTP, by which the server is watched; "
             f"keep it to this container with --http-address={LOOPBACK}"
         )
+    if not (binary := TRITON_HOME / "bin" / "tritonserver").is_file():
+        raise DeployError(f"{binary}: not found; run this in the image")
     release, target = args.release, Target(args.target)
     if target is Target.GPU:
         ready = find_ready(release, args.cache, Missing(args.missing))

@@ -55,6 +55,8 @@ class Instance:
     probes: Probes
     log: IO[str]
     ready_s: float = READY_S
+    scarred: bool = field(default=False, init=False)
+    """A model of the present process was loaded again."""
     words: LastWords = field(init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
     _over: bool = field(default=False, init=False)
@@ -88,6 +90,7 @@ class Instance:
                 start_new_session=True,
             )
             self.words = LastWords(self._process, self.log)
+            self.scarred = False
         self._wait_ready()
 
     def _wait_ready(self) -> None:
@@ -128,7 +131,7 @@ class Instance:
         if self._process is None:
             return 0
         with stopping.undisturbed(self._process):
-            stopping.stop(self._process)
+            stopping.stop(self._process, self.scarred)
             sweep(self.shm_prefix)
             tidy()
-        return self._process.returncode
+        return 0 if self.scarred else self._process.returncode

@@ -18,7 +18,7 @@ from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
 from deploy.stopping import Stopped, listen
-from deploy.supervisor import HUNG_S, Supervisor, say
+from deploy.supervisor import HUNG_S, Restarts, Supervisor, say
 from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
@@ -106,9 +106,11 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def supervised(server: Server, hung_s: float) -> Iterator[Supervisor]:
+def supervised(
+    server: Server, hung_s: float, restarts: Restarts | None = None
+) -> Iterator[Supervisor]:
     """While the block runs, what dies or hangs is started again."""
-    supervisor = Supervisor(server.instance, say, hung_s)
+    supervisor = Supervisor(server.instance, say, hung_s, restarts)
     supervisor.start()
     try:
         yield supervisor

@@ -47,25 +47,29 @@ def reap(ours: int) -> None:
             os.waitpid(found.si_pid, 0)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[str], scarred: bool = False) -> None:
     """Let what is in flight be answered, SIGTERM, then make sure that nothing is left.
 
     Triton 2.51, once asked to stop, answers what waits for a tower, and refuses what is still in
-    an ensemble's first step. So it is asked when it has fallen quiet.
+    an ensemble's first step. So it is asked when it has fallen quiet. One that is `scarred`, since
+    a model of it was loaded again, waits for what died before for all of DRAIN_S: not we.
     """
-    _wait_quiet(process)
+    _wait_quiet(process, QUIET_S)
     if process.poll() is None:
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(DRAIN_S + 10)
+        if scarred:
+            _wait_quiet(process, DRAIN_S)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(DRAIN_S + 10)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # stubs that outlived the server, or all of it
     process.wait()
 
 
-def _wait_quiet(process: subprocess.Popen[str]) -> None:
-    """Until nothing is being computed, at most QUIET_S: callers may never stop asking."""
-    end, spent = time.monotonic() + QUIET_S, cpu_seconds(process.pid)
+def _wait_quiet(process: subprocess.Popen[str], most_s: float) -> None:
+    """Until nothing is being computed, or it has ended: callers may never stop asking."""
+    end, spent = time.monotonic() + most_s, cpu_seconds(process.pid)
     while process.poll() is None and time.monotonic() < end:
         time.sleep(QUIET_STEP_S)
         before, spent = spent, cpu_seconds(process.pid)

@@ -181,6 +181,8 @@ class Supervisor(threading.Thread):
             self._unanswered[name] = (time.monotonic(), done)
         elif time.monotonic() - since > self.hung_s and not self._over.is_set():
             del self._unanswered[name]
+            if done < 0:
+                raise _Lost("Triton answers nothing, not even what it has done")
             if name in self._killed:
                 raise _Lost(f"{name} stays silent, though what it runs on was loaded again")
             self._killed.add(name)
@@ -190,6 +192,7 @@ class Supervisor(threading.Thread):
                     kill(stub)
 
     def _done(self, names: list[str]) -> int:
+        """As the server counts; negative when it does not even say that."""
         try:
             return self.door.done(names, ASK_S)
         except ServerError:
@@ -199,6 +202,7 @@ class Supervisor(threading.Thread):
         """Unload, wait until it is gone, load; then what is made of it."""
         start, group = time.monotonic(), self.instance.process.pid
         old = [stub for stub in stubs_of(group) if stub.model == model]
+        self.instance.scarred = True
         try:
             self.door.unload(model, LOAD_S)
             while self.door.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
@@ -230,7 +234,8 @@ class Supervisor(threading.Thread):
             self.say(
                 f"{SHARED_MEMORY} is full ({free >> 20} MiB of {size >> 20} MiB are left): "
                 'requests that need more fail with "Failed to increase the shared memory pool '
-                'size", others go on; free it, or give more (docker run --shm-size)'
+                'size", others go on. Triton keeps what it once took until it is started again; '
+                "give it more (docker run --shm-size)"
             )
         self._scarce = free < SCARCE
 

@@ -85,6 +85,18 @@ def test_who_shows_a_certificate_is_served(guarded: Server, papers: Path) -> Non
         assert encoder.encode_queries(["red shoes"]).errors == [None]
 
 
+def test_replicas_are_asked_by_their_common_name(guarded: Server, papers: Path) -> None:
+    """Two addresses of one server; the certificate names neither as gRPC would look for it."""
+    paths = {"tls_ca": "ours.pem", "tls_cert": "client.pem", "tls_key": "client.key"}
+    twice = f"{guarded.grpc_address},localhost:{guarded.ports.grpc}"
+    both = settings(guarded, papers, **paths).override(triton=twice)
+    with Encoder(both.override(tls_name="127.0.0.1")) as encoder:
+        for _ in range(4):
+            assert encoder.encode_queries(["red shoes"]).errors == [None]
+    with Encoder(both.override(tls_name="elsewhere")) as stranger, pytest.raises(ServerUnavailable):
+        stranger.served()
+
+
 @pytest.mark.parametrize(
     "names",
     [

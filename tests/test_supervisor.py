@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from benchmarks.faults import server_kills, stub_kills
-from deploy.stubs import Stub, stubs_of
+from deploy.server import Server, triton
+from deploy.stubs import Stub, regions, stubs_of
+from deploy.supervisor import Restarts, Supervisor
 from retrieval_client import Encoder, Settings
-from retrieval_contract.errors import RetrievalError
-from tests.conftest import photo
-from tests.serving import Serving, serve
+from retrieval_contract.errors import DeployError, RetrievalError
+from tests.conftest import ROOT, photo
+from tests.serving import FREE_PORTS, Serving, serve
 
 BACK_S = 5.0
 """After this no request may fail because of a kill."""
@@ -61,9 +67,104 @@ def test_killed_models_are_back_within_seconds(release_folder: Path) -> None:
 
 
 def test_a_killed_server_is_back_by_itself(release_folder: Path) -> None:
-    found = server_kills(release_folder, 2)
+    found = server_kills(release_folder, 1)
     assert (found.wrong, found.late_failures) == (0, 0), found
     assert found.failed > 0
+
+
+@contextmanager
+def supervised(
+    release: Path, log: Path, **options: object
+) -> Iterator[tuple[Server, Supervisor, list[str]]]:
+    """In this process: the server, who looks after it, and what it says."""
+    said: list[str] = []
+    with log.open("w") as lines, triton(release, log=lines) as server:
+        supervisor = Supervisor(server.instance, said.append, **options)
+        supervisor.start()
+        yield server, supervisor, said
+        supervisor.stop()
+
+
+def test_a_server_that_answers_nothing_is_started_again(
+    release_folder: Path, tmp_path: Path
+) -> None:
+    """It is there, and so are its ports; nothing but an unanswered question shows it."""
+    with supervised(release_folder, tmp_path / "log", hung_s=1.0) as (server, _, said):
+        hanging = server.process
+        os.kill(hanging.pid, signal.SIGSTOP)
+        end = time.monotonic() + 60
+        while not any("is started again, with the right vectors" in line for line in said):
+            assert time.monotonic() < end, said
+            time.sleep(0.1)
+        assert hanging.poll() == -signal.SIGKILL
+        with Encoder(Settings(triton=server.grpc_address)) as encoder:
+            assert encoder.encode_queries(["red shoes"]).errors == [None]
+        assert {path.name for path in regions(server.instance.shm_prefix)}
+    assert not list(regions(server.instance.shm_prefix))
+
+
+def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Path) -> None:
+    """After so many attempts, and with the server's own words. Others' memory stays."""
+    strangers = Path("/dev/shm/retrieval-triton-of-somebody-else")
+    strangers.touch()
+    try:
+        few = Restarts(most=2, pause_s=0.1)
+        with supervised(release_folder, tmp_path / "log", restarts=few) as (server, watch, said):
+            (repository,) = [a for a in server.instance.args if "--model-repository=" in a]
+            for graph in Path(repository.partition("=")[2]).glob("product_tower/*/model.onnx"):
+                graph.unlink()
+            os.kill(server.process.pid, signal.SIGKILL)
+            with pytest.raises(DeployError, match=r"(?s)2 times .* given up.*product_tower") as why:
+                watch.wait(60)
+            assert "model.onnx" in str(why.value)
+            assert [line[:30] for line in said] == [
+                "Triton is gone (SIGKILL); its ",
+                "Triton cannot be started again",
+                "Triton cannot be started again",
+            ]
+            assert not list(regions(server.instance.shm_prefix))
+        assert strangers.exists()
+    finally:
+        strangers.unlink()
+
+
+def test_pauses_grow() -> None:
+    assert [Restarts().pause_after(n) for n in range(5)] == [0, 1, 2, 4, 8]
+
+
+NAMESPACE = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+TOO_MUCH = """
+import io, sys, time
+import numpy as np
+from PIL import Image
+from retrieval_client import Encoder, Settings
+from retrieval_contract.errors import ServerError
+noise, buffer = np.random.default_rng(0).integers(0, 255, (1200, 1200, 3), np.uint8), io.BytesIO()
+Image.fromarray(noise).save(buffer, "PNG")
+with Encoder(Settings.from_env()) as encoder:
+    assert encoder.encode_products([""], [buffer.getvalue()]).errors == [None]
+    time.sleep(2)
+    try:
+        encoder.encode_products([""] * 4, [buffer.getvalue()] * 4)
+    except ServerError as exc:
+        print("refused:", exc, flush=True)
+    assert encoder.encode_queries(["red shoes"]).errors == [None]
+    assert encoder.encode_products(["red shoes"], [b""]).errors == [None]
+"""
+
+
+@pytest.mark.skipif(not NAMESPACE, reason="no mount namespaces for this user")
+def test_full_shared_memory_is_said_and_survived(release_folder: Path, tmp_path: Path) -> None:
+    """On 16 MiB: what is too large fails, what is small goes on, and the log says why."""
+    small = 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "deploy.local"]
+    command += ["--release", str(release_folder), *FREE_PORTS]
+    command += ["--run", sys.executable, "-c", TOO_MUCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused: " in done.stdout
+    assert "Failed to increase the shared memory pool size" in done.stdout
+    assert re.search(r"supervisor: /dev/shm is full \(\d MiB of 16 MiB are left\)", done.stderr)
 
 
 def test_a_model_that_hangs_is_killed_and_loaded_again(serving: Serving) -> None:

@@ -14,15 +14,18 @@ from retrieval_contract.errors import RetrievalError
 ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 # A reconnecting channel waits at most a second: a restarted server is found again at once.
 # A peer that vanished without a word is found out by a ping, sent while a call waits and nothing
-# has come for `time`, when `timeout` brings no answer to it. Triton closes the connection at the
-# third ping in five minutes without data between; gRPC by itself sends two, then one a minute.
+# has come for `time`: after `timeout` without an answer the connection is given up. gRPC 1.85 heeds
+# the ping's own timeout alone, the other one bounds unacknowledged TCP data. Triton closes a
+# connection at the third ping in five minutes without data between; gRPC sends two, then one a
+# minute. Shorter timeouts would cut off pictures on a slow line, where pings queue behind data.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.ping_timeout_ms", 4000),
     ("grpc.service_config", ROUND_ROBIN),
 )
 

@@ -1,0 +1,205 @@
+"""Several servers behind one client: one drains, vanishes, or is of another release."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks.faults import rolling_restart
+from deploy.server import LOOPBACK, Server, choose_ports
+from deploy.server import triton as start_triton
+from export.publish import publish
+from retrieval_client import Encoder, Settings
+from retrieval_client.channel import target_of
+from retrieval_contract.errors import (
+    DeadlineExceeded,
+    ReleaseMismatch,
+    RetrievalError,
+    ServerUnavailable,
+)
+from retrieval_contract.tensors import Array
+from tests.conftest import ROOT
+from tests.tiny import tiny_make
+
+
+@pytest.fixture(scope="module")
+def tiny_release() -> Path:
+    """Another release than the shared server's; kept, so that it is built once."""
+    return publish(tiny_make(), ROOT / "build" / "test-releases", Console(quiet=True))
+
+
+SILENT_S = 8.0
+"""A connection that is silent for so long is left: two seconds until the ping, four for it."""
+
+
+def test_addresses_become_one_target() -> None:
+    assert target_of(("localhost:1",)) == "localhost:1"
+    assert target_of(("127.0.0.1:1", "localhost:2")) == "ipv4:127.0.0.1:1,127.0.0.1:2"
+    assert target_of(("[::1]:1", "[::2]:2")) == "ipv6:[::1]:1,[::2]:2"
+    with pytest.raises(RetrievalError, match="all IPv4 or all IPv6"):
+        target_of(("127.0.0.1:1", "[::1]:2"))
+    with pytest.raises(RetrievalError, match="expected host:port, got 'here'"):
+        target_of(("127.0.0.1:1", "here"))
+    assert Settings(triton=" a:1, b:2,a:1,").replicas == ("a:1", "b:2")
+    with pytest.raises(RetrievalError, match="expected host:port"):
+        Settings(triton=" , ")
+    with (
+        pytest.raises(RetrievalError, match="tls_name: expected one beside several"),
+        Encoder(Settings(triton="127.0.0.1:1,127.0.0.1:2", tls_ca="ca.pem")),
+    ):
+        pass
+
+
+def test_a_rolling_restart_loses_no_request(tiny_release: Path) -> None:
+    found = rolling_restart(tiny_release, 1)
+    assert (found.failed, found.wrong) == (0, 0), found
+    assert found.answered > 500
+
+
+def test_one_that_is_away_is_not_needed(triton: Server) -> None:
+    nobody = f"{LOOPBACK}:{choose_ports(LOOPBACK).grpc}"
+    for order in ((nobody, triton.grpc_address), (triton.grpc_address, nobody)):
+        with Encoder(Settings(triton=",".join(order))) as encoder:
+            for _ in range(10):
+                assert encoder.encode_queries(["red shoes"]).errors == [None]
+
+
+def test_nobody_is_said_before_the_deadline() -> None:
+    two = ",".join(f"{LOOPBACK}:{choose_ports(LOOPBACK).grpc}" for _ in range(2))
+    with Encoder(Settings(triton=two, timeout_s=20)) as encoder:
+        start = time.monotonic()
+        with pytest.raises(ServerUnavailable, match="make serve"):
+            encoder.encode_queries(["red shoes"])
+        assert time.monotonic() - start < 10
+
+
+def test_replicas_of_two_releases_are_a_mismatch(triton: Server, tiny_release: Path) -> None:
+    """When one changes under a client, and for whoever comes then."""
+    ports, dims = choose_ports(LOOPBACK), triton.release.vector_dim
+    both = Settings(triton=f"{triton.grpc_address},{LOOPBACK}:{ports.grpc}")
+    with Encoder(both) as encoder:
+
+        def keep_asking() -> None:
+            for _ in range(400):  # the channel finds the new one within a second
+                assert encoder.encode_queries(["red shoes"]).vectors.shape == (1, dims)
+                time.sleep(0.01)
+
+        assert encoder.encode_queries(["red shoes"]).vectors.shape == (1, dims)
+        with start_triton(tiny_release, ports=ports) as other:
+            with pytest.raises(ReleaseMismatch, match="everywhere") as said:
+                keep_asking()
+            with Encoder(both) as late, pytest.raises(ReleaseMismatch, match="everywhere"):
+                late.encode_queries(["red shoes"])
+    assert triton.release.release_id in str(said.value)
+    assert other.release.release_id in str(said.value)
+
+
+# ── half-open: a peer that vanishes without a word ───────────────────────────────────────
+class Way:
+    """TCP to a server; what is frozen stays open and carries nothing any more."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self.target = (host, int(port))
+        self.listener = socket.create_server((LOOPBACK, 0))
+        self.address = f"{LOOPBACK}:{self.listener.getsockname()[1]}"
+        self.frozen: set[socket.socket] = set()
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(self.target)
+                self.open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self.carry, args=(source, sink), daemon=True).start()
+
+    def carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if source not in self.frozen:
+                    sink.sendall(data)
+            sink.close()
+
+    def freeze(self) -> None:
+        """What is open now; later connections are carried."""
+        self.frozen |= set(self.open)
+
+
+@contextmanager
+def way_to(server: Server) -> Iterator[Way]:
+    way = Way(server.grpc_address)
+    try:
+        yield way
+    finally:
+        way.listener.close()
+        for end in way.open:
+            end.close()
+
+
+def asked(encoder: Encoder, timeout_s: float) -> tuple[float, Array | None]:
+    """How long it took, and what came before the deadline."""
+    start = time.monotonic()
+    try:
+        vectors = encoder.encode_queries(["red shoes"], timeout_s=timeout_s).vectors
+    except (DeadlineExceeded, ServerUnavailable):
+        vectors = None
+    return time.monotonic() - start, vectors
+
+
+def until_well(way: Way, address: str) -> list[float]:
+    """Freeze what has carried calls; when calls missed their deadline, until many did not."""
+    missed, well = [], 0
+    with Encoder(Settings(triton=address)) as encoder:
+        right = encoder.encode_queries(["red shoes"]).vectors
+        while well < 20:  # the channel has found all addresses
+            well += asked(encoder, 1.0)[1] is not None
+        way.freeze()
+        frozen, well = time.monotonic(), 0
+        while well < 20 and time.monotonic() < frozen + 15:
+            seconds, vectors = asked(encoder, timeout_s=1.0)
+            assert seconds < 1.5, "past its deadline"
+            if vectors is None:
+                missed.append(time.monotonic() - frozen)
+                well = 0
+            else:
+                assert np.abs(vectors - right).max() < 1e-5
+                well += 1
+            time.sleep(0.02)
+    return missed
+
+
+def test_a_connection_that_died_silently_is_left(triton: Server) -> None:
+    """Nobody waits past a deadline; in seconds there is a new one, or the other replica."""
+    with way_to(triton) as one, way_to(triton) as two, ThreadPoolExecutor() as pool:
+        addresses = [one.address, f"{two.address},{triton.grpc_address}"]
+        found = list(pool.map(until_well, [one, two], addresses))
+    assert all(found), "nobody was on that connection"
+    assert max(map(max, found)) < SILENT_S, found
+
+
+def test_who_has_time_is_answered_by_the_other(triton: Server) -> None:
+    """Also who was on the connection that died."""
+    with way_to(triton) as way:
+        both = f"{way.address},{triton.grpc_address}"
+        with Encoder(Settings(triton=both, timeout_s=SILENT_S + 4)) as encoder:
+            for _ in range(20):
+                encoder.encode_queries(["red shoes"])
+            way.freeze()
+            start = time.monotonic()
+            texts = [[f"red shoes {n}"] * 20 for n in range(4)]  # too many to travel together
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(encoder.encode_queries, texts))
+            assert time.monotonic() - start > 1, "nobody was on that connection"
+    assert all(encoded.errors == [None] * 20 for encoded in found)
