@@ -92,7 +92,9 @@ def profile_of(name: str) -> Profile:
 def add_profile_flag(parser: argparse.ArgumentParser) -> None:
     """`--profile`; None where it is not given."""
     parser.add_argument(
-        "--profile", metavar="NAME|FILE", help=f"copies, threads, delays: {PROFILES}"
+        "--profile",
+        metavar="NAME|FILE",
+        help="copies, threads, delays of each model: a name in deploy/profiles, or a .toml file",
     )
 
 
