@@ -148,7 +148,8 @@ def test_an_ensemble_is_explained_by_its_steps(
         assert one.requests[0].took is None
         assert sum(lines.values()) == pytest.approx(one.laps["search"])
         assert lines["tokenize"] > 0
-        assert lines["tower"] > lines["tokenize"]
+        assert lines["tower"] > 0
+        assert lines["wire"] > 0, "both steps are Python here, and answer after Triton has counted"
 
 
 # ── the commands ─────────────────────────────────────────────────────────────────────────

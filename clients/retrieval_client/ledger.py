@@ -56,9 +56,10 @@ def took_from_reply(reply: Any) -> Took | None:
 class Statistics:
     """Triton's sums over good requests, in seconds, by model; subtract two to have those between.
 
-    `compute_s` ends when the model's answer is there. What Triton counts after that (output, and a
-    request's whole) overlaps with the client's having the reply. An ensemble's own queue is never
-    read: Triton sums other things there.
+    `compute_s` ends when the model's answer is there, or, of a Python model, when it has let the
+    request in (`door.py`): it answers later, and that time is in `wire`. What Triton counts after
+    (output, and a request's whole) overlaps with the client's having the reply. An ensemble's own
+    queue is never read: Triton sums other things there.
     """
 
     requests: Mapping[str, int]
