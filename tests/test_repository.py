@@ -174,6 +174,7 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
         assert encoder.encode_queries(["red dress"]).vector(0).shape == (16,)
     with triton(wider, ports=ports, log=log) as server:
         settings = Settings(triton=server.grpc_address, milvus=store)
+        time.sleep(1.5)  # a channel that met nobody looks again within a second and a bit
         with encoder:  # connected to the first release: notices the second by itself
             encoded = encoder.encode_queries(["red dress"])
             assert encoded.served.release_id == new.release_id
