@@ -10,6 +10,7 @@ CHECKPOINT ?= towers/weights/make
 DATA ?=
 USERS ?= 8
 SECONDS ?= 15
+SCALE ?= 1
 P99_MS ?= 50
 
 VENV := .venv
@@ -18,7 +19,7 @@ PY := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint serve release bench engine-check parity limit tune repository clean
+.PHONY: help setup demo test lint serve release bench engine-check parity limit tune ledger chaos repository clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +78,13 @@ limit: release  ## what serving costs over one's own process; DATA=folder with q
 
 tune: release  ## which copies, threads and delays suit this machine; P99_MS=50 of queries
 	$(PY) -m benchmarks.tune --p99-ms $(P99_MS) \
+	    $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
+
+ledger: release  ## where the time of a search goes, line by line
+	$(PY) -m benchmarks.ledger
+
+chaos: release  ## kills, restarts, hostile bytes, overload, soak: about an hour; SCALE=0.02 for less
+	$(PY) -m benchmarks.chaos --scale $(SCALE) \
 	    $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
 
 clean:  ## everything that was built; not the environments

@@ -1,0 +1,68 @@
+"""Short versions of what `make chaos` does for an hour."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.chaos import ROWS
+from benchmarks.soak import growth_of
+from tests.conftest import ROOT
+
+SHORT = {"fuzz": 0.03, "overload": 0.05, "stalls": 0.04, "soak": 0.015}
+"""Of the whole; kills and restarts are in test_supervisor.py and test_replicas.py."""
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_row(name: str, release_folder: Path, tmp_path: Path) -> None:
+    """Counts must be right here as well; rates are judged by the whole run, on a quiet machine."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--release", str(release_folder)]
+    command += ["--row", name, "--scale", str(SHORT[name]), "--log", str(tmp_path / "log")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    counts = said["rows"][name]
+    assert said["ok"] == counts["kept"] == (done.returncode == 0), done.stderr[-2000:]
+    if name == "fuzz":
+        assert counts["trials"] == 300
+        assert counts["answered"] > 0
+        assert counts["crashes"] == counts["wrong"] == 0, counts
+        assert len(counts["outcomes"]) >= 4, "few kinds of answers to hostile bytes: too tame"
+    if name == "overload":
+        outcomes = counts["outcomes"]
+        assert outcomes["answered"] > 0
+        assert outcomes["ServerBusy"] > 0
+        assert set(outcomes) <= {"answered", "ServerBusy", "DeadlineExceeded"}
+        assert counts["hanging"] < 0.05 * counts["trials"], counts
+    if name == "stalls":
+        assert counts["trials"] >= 150
+        assert counts["stalled"] < 0.5 * counts["trials"], "one burst in two: the batcher sleeps"
+    if name == "soak":
+        assert counts["outcomes"]["answered"] > 0
+        assert set(counts["per_hour"]) == {"memory_bytes", "file_handles", "shared_memory_bytes"}
+
+
+def test_every_row_says_what_it_did_and_can_fail() -> None:
+    good = {"wrong": 0, "late_failures": 0, "failed": 0, "crashes": 0, "stalled": 0, "grew": []}
+    good |= {"goodput": 0.95, "hanging": 0, "p99_ratio": 1.5}
+    bad = {"wrong": 1, "late_failures": 1, "failed": 1, "crashes": 1, "stalled": 1}
+    bad |= {"goodput": 0.5, "hanging": 1, "p99_ratio": 4.0, "grew": ["memory_bytes"]}
+    for row in ROWS.values():
+        assert row.kept(good)
+        assert not row.kept(bad)
+
+
+def test_growth_is_found_and_noise_is_not() -> None:
+    seconds = np.arange(0, 900, 2.0)
+    noise = np.random.default_rng(0).normal(0, 1e6, len(seconds))
+    assert not growth_of(seconds, 500e6 + noise).found
+    assert not growth_of(seconds, np.full(len(seconds), 300.0)).found
+    leaking = growth_of(seconds, 500e6 + noise + 1e5 * seconds)
+    assert leaking.found
+    assert leaking.per_hour == pytest.approx(3.6e8, rel=0.05)
+    handles = growth_of(seconds, 300 + np.floor(seconds / 60))
+    assert handles.found
