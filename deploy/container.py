@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.door import Door
 from deploy.engines.__main__ import add_missing_flag, find_ready
 from deploy.engines.ready import Missing
 from deploy.instance import Instance, kept_flags
+from deploy.own_http import OwnHttp
 from deploy.query_cache import add_cache_flag
 from deploy.security import new_key, read_key
 from deploy.stopping import Stopped, listen, reap
@@ -118,7 +118,7 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         triton_command(release, target, flags),
         os.environ,
         shm_prefix,
-        Door(asked_at, args.http_port, key, cached=bool(profile and profile.query_cache_mb)),
+        OwnHttp(asked_at, args.http_port, key, cached=bool(profile and profile.query_cache_mb)),
         (),
         probes,
         sys.stderr,

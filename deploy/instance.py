@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from deploy import stopping
-from deploy.door import Door, check_release_of
 from deploy.logs import LastWords
+from deploy.own_http import OwnHttp, check_release_of
 from deploy.security import control_flags
 from deploy.stubs import sweep
 from retrieval_contract.errors import DeployError, ReleaseMismatch, ServerError
@@ -43,15 +43,15 @@ def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
 class Instance:
     """How the server is started, and the process that it is now.
 
-    `doors` are further ports that must be open before it is ready. `shm_prefix` is the name of its
+    `ports` are further ones that must be open before it is ready. `shm_prefix` is the name of its
     shared memory, which no other server has.
     """
 
     args: Sequence[str]
     env: Mapping[str, str]
     shm_prefix: str
-    door: Door
-    doors: Sequence[int]
+    http: OwnHttp
+    ports: Sequence[int]
     probes: Probes
     log: IO[str]
     ready_s: float = READY_S
@@ -102,10 +102,10 @@ class Instance:
                     f"last words:\n{self.words.read()}"
                 )
             try:
-                check_release_of(self.door, self.probes, ASK_S)
-                self.door.probe(self.probes, ASK_S)
-                for port in self.doors:
-                    socket.create_connection((self.door.host, port), timeout=1.0).close()
+                check_release_of(self.http, self.probes, ASK_S)
+                self.http.probe(self.probes, ASK_S)
+                for port in self.ports:
+                    socket.create_connection((self.http.host, port), timeout=1.0).close()
                 return
             except ReleaseMismatch:
                 raise  # waiting does not make other weights right

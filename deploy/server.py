@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from deploy.door import Door
 from deploy.instance import ASK_S, Instance, kept_flags
+from deploy.own_http import OwnHttp
 from deploy.security import Tls, new_key
 from deploy.tracing import trace_flags
 from deploy.tuning import Profile, lay_over
@@ -171,14 +171,14 @@ def triton(
             args,
             _environment(wheel),
             shm_prefix,
-            Door(host, ports.http, control_key, cached=bool(profile.query_cache_mb)),
+            OwnHttp(host, ports.http, control_key, cached=bool(profile.query_cache_mb)),
             (ports.grpc, ports.metrics),
             Probes.load(release_folder),
             log,
         )
         try:
             instance.start()
-            yield Server(host, ports, release, instance.door.version(ASK_S), instance)
+            yield Server(host, ports, release, instance.http.version(ASK_S), instance)
         finally:
             instance.stop(lambda: shutil.rmtree(scratch, ignore_errors=True))
 

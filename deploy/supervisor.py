@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deploy.door import ALIVE
 from deploy.instance import Instance
+from deploy.own_http import ALIVE
 from deploy.stubs import SHARED_MEMORY, kill, stubs_of, sweep
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError, ServerError
@@ -67,7 +67,7 @@ class Supervisor(threading.Thread):
         restarts: Restarts | None = None,
     ) -> None:
         super().__init__(name="supervisor", daemon=True)
-        self.instance, self.door = instance, instance.door
+        self.instance, self.http = instance, instance.http
         self.say, self.hung_s, self.restarts = say, hung_s, restarts or Restarts()
         self._over, self._ended = threading.Event(), threading.Event()
         self._failure: RetrievalError | None = None
@@ -168,13 +168,13 @@ class Supervisor(threading.Thread):
         """Ask; a model that is silent for long and gets nothing done is killed."""
         name = ensemble.name
         try:
-            self.door.encode(ensemble, ALIVE[ensemble], ASK_S)
+            self.http.encode(ensemble, ALIVE[ensemble], ASK_S)
             self._unanswered.pop(name, None)
             self._killed.discard(name)
             return
         except ServerError:
             pass  # too late, or "not healthy" of a process that is there but stands still
-        parts = [self.door.behind(ensemble), *(step.name for step in ensemble.steps)]
+        parts = [self.http.behind(ensemble), *(step.name for step in ensemble.steps)]
         done = self._done(parts)
         since, before = self._unanswered.setdefault(name, (time.monotonic(), done))
         if done != before:
@@ -194,7 +194,7 @@ class Supervisor(threading.Thread):
     def _done(self, names: list[str]) -> int:
         """As the server counts; negative when it does not even say that."""
         try:
-            return self.door.done(names, ASK_S)
+            return self.http.done(names, ASK_S)
         except ServerError:
             return -1
 
@@ -204,14 +204,14 @@ class Supervisor(threading.Thread):
         old = [stub for stub in stubs_of(group) if stub.model == model]
         self.instance.scarred = True
         try:
-            self.door.unload(model, LOAD_S)
-            while self.door.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
+            self.http.unload(model, LOAD_S)
+            while self.http.ready(model, ASK_S) and time.monotonic() < start + LOAD_S:
                 if self._over.wait(0.02):
                     return
-            self.door.load(model, LOAD_S)
-            for name in self.door.ensembles:  # what it is a part of comes back with it, or not
-                if not self.door.ready(name, ASK_S):
-                    self.door.load(name, LOAD_S)
+            self.http.load(model, LOAD_S)
+            for name in self.http.ensembles:  # what it is a part of comes back with it, or not
+                if not self.http.ready(name, ASK_S):
+                    self.http.load(name, LOAD_S)
         except ServerError as exc:
             if self._over.is_set() or self.instance.process.poll() is not None:
                 return

@@ -62,7 +62,7 @@ def image_spec(args: dict[str, str]) -> ImageSpec:
     return image_spec_from_json(parameter(args, "image"))
 
 
-class Behind:
+class BehindDoor:
     """A Python model behind a door (`door.py`): requests are let in at once and answered later.
 
     A subclass says how to `load` itself and how to `compute` one array an input, rows first, into
@@ -101,10 +101,8 @@ class Behind:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                arrays, said = (
-                    _rows(request, self._inputs),
-                    json.loads(request.parameters() or "{}"),
-                )
+                arrays = _rows(request, self._inputs)
+                said = json.loads(request.parameters() or "{}")
                 asked = _Asked(sender, arrays, EXPLAIN in said)
                 self._door.enter(asked, len(arrays[0]), _lane(said), _time_s(request))
             except Busy as exc:
@@ -200,7 +198,11 @@ def _failure(exc: Exception) -> Any:
 
 
 def _send(sender: Any, response: Any) -> None:
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    """One answer that cannot be sent must not cost the others theirs."""
+    try:
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except Exception:
+        pb_utils.Logger.log_error(traceback.format_exc())
 
 
 def strings(rows: Sequence[str]) -> Array:
@@ -208,7 +210,7 @@ def strings(rows: Sequence[str]) -> Array:
     return np.array([[row.encode("utf-8", "replace")] for row in rows], np.object_).reshape(-1, 1)
 
 
-class OnnxTower(Behind):
+class OnnxTower(BehindDoor):
     """A tower, for servers that have no backend for ONNX."""
 
     def load(self, args: dict[str, str]) -> None:
@@ -222,7 +224,7 @@ class OnnxTower(Behind):
         return self.graph(dict(zip(self._inputs, arrays, strict=True)))
 
 
-class OnnxQueryEncoder(Behind):
+class OnnxQueryEncoder(BehindDoor):
     """Tokenizer and tower in one process, from the files of the two models that they are."""
 
     def load(self, args: dict[str, str]) -> None:

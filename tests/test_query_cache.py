@@ -143,10 +143,10 @@ def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path)
             with pytest.raises(ServerError):
                 encoder.encode_queries(["asked while it is dead"])
         assert (encoder.encode_queries(["asked before"]).vector(0) == before).all()
-        server.instance.door.unload(models.QUERY_UNCACHED, 30)
+        server.instance.http.unload(models.QUERY_UNCACHED, 30)
         time.sleep(0.5)
         for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, PUBLIC):
-            server.instance.door.load(name, 60)
+            server.instance.http.load(name, 60)
         found = encoder.encode_queries(["asked while it is dead"]).vector(0)
         right = encoder.encode_queries(["asked while it is dead"], fresh=True).vector(0)
         np.testing.assert_allclose(found, right, atol=1e-5)
@@ -236,7 +236,7 @@ def replace(server: Server, release: Path) -> None:
         entry.rename(repository / entry.name)
     members = [*(m.name for m in models.MODELS), models.QUERY_UNCACHED, models.QUERY_CACHED]
     for name in (*members, *(e.name for e in models.ENSEMBLES)):
-        server.instance.door.load(name, 60)
+        server.instance.http.load(name, 60)
 
 
 def test_another_release_never_gives_the_answers_of_the_one_before(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from retrieval_contract.models import ITEM_STATUS, QUERY_IDS, QUERY_MASK, TOKENIZER_FILE
 from retrieval_contract.preprocess import TextPreprocessor
-from retrieval_contract.serving import Behind, strings, text_spec, version_folder
+from retrieval_contract.serving import BehindDoor, strings, text_spec, version_folder
 from retrieval_contract.tensors import Array
 
 
-class TritonPythonModel(Behind):
+class TritonPythonModel(BehindDoor):
     """Triton's Python model interface."""
 
     def load(self, args: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from deploy.security import HEADER
 from retrieval_contract import models
 from retrieval_contract.errors import ReleaseMismatch, ServerError, ServerUnavailable
 from retrieval_contract.probes import Probes
-from retrieval_contract.release import version_of
+from retrieval_contract.release import RELEASE_PARAMETER, version_of
 from retrieval_contract.tensors import Array, Ensemble
 
 VECTORS = {
@@ -35,7 +35,7 @@ ALIVE: Mapping[Ensemble, Mapping[str, Sequence[bytes]]] = {
 
 
 @dataclass(frozen=True)
-class Door:
+class OwnHttp:
     """Where a server's HTTP listens, and the key to its controls.
 
     `cached`: it remembers answers to queries. Whoever asks here wants to know whether it can still
@@ -104,7 +104,7 @@ class Door:
     def release_of(self, ensemble: Ensemble, timeout_s: float) -> str:
         """The release that the server's config of it names; "" where it names none."""
         config = self._ask("GET", f"/{ensemble.name}/config", timeout_s)
-        named: Mapping[str, str] = config.get("parameters", {}).get("release_id", {})
+        named: Mapping[str, str] = config.get("parameters", {}).get(RELEASE_PARAMETER, {})
         return named.get("string_value", "")
 
     def ready(self, model: str, timeout_s: float) -> bool:
@@ -168,10 +168,10 @@ class Door:
         return json.loads(text) if text else {}
 
 
-def check_release_of(door: Door, probes: Probes, timeout_s: float) -> None:
+def check_release_of(server: OwnHttp, probes: Probes, timeout_s: float) -> None:
     """ReleaseMismatch when the server is of another release than its probes."""
     for ensemble in models.ENSEMBLES:
-        served = door.release_of(ensemble, timeout_s)
+        served = server.release_of(ensemble, timeout_s)
         if served != probes.release_id:
             raise ReleaseMismatch(
                 f"{ensemble.name}: expected release {probes.release_id}, it serves {served}; "
