@@ -59,19 +59,25 @@ class Visit(Generic[Item]):
 
 
 class Pace:
-    """Seconds a row, of the last batches; 0 before the first."""
+    """Seconds a row when there is a queue; 0 while nobody knows.
 
-    def __init__(self) -> None:
+    Only batches of at least half of `most_rows` tell: a small one costs more a row than a queue of
+    many will, and who judged by it would refuse what can be answered.
+    """
+
+    def __init__(self, most_rows: int) -> None:
+        self._least = most_rows / 2
         self._spent_s, self._rows = 0.0, 0.0
 
     def took(self, rows: int, seconds: float) -> None:
         """One more batch."""
-        self._spent_s = self._spent_s * MEMORY + seconds
-        self._rows = self._rows * MEMORY + rows
+        if rows >= self._least:
+            self._spent_s = self._spent_s * MEMORY + seconds
+            self._rows = self._rows * MEMORY + rows
 
     @property
     def seconds_per_row(self) -> float:
-        """Large batches weigh more than small ones, late ones more than early ones."""
+        """Late batches weigh more than early ones."""
         return self._spent_s / self._rows if self._rows else 0.0
 
 
@@ -85,7 +91,7 @@ class Door(Generic[Item]):
         self._most, self._clock = most_rows, clock
         self._lanes: dict[Lane, deque[Visit[Item]]] = {lane: deque() for lane in Lane}
         self._rows = dict.fromkeys(Lane, 0)
-        self._pace = Pace()
+        self._pace = Pace(most_rows)
         self._under_way, self._began = 0, 0.0
         self._changed = threading.Condition()
         self._closed = False

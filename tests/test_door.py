@@ -45,11 +45,11 @@ class Clock:
 
 
 def door_of(clock: Clock, most: int = 10, seconds_per_row: float = 0.1) -> Door[str]:
-    """One that has already seen a batch of one row."""
+    """One that has already seen a full batch."""
     door: Door[str] = Door(most, clock)
-    door.enter("first", 1, Lane.INTERACTIVE)
+    door.enter("first", most, Lane.INTERACTIVE)
     door.take()
-    clock.now += seconds_per_row
+    clock.now += most * seconds_per_row
     door.done()
     return door
 
@@ -78,6 +78,19 @@ def test_what_is_being_computed_counts_until_it_is_done() -> None:
 def test_a_request_larger_than_its_time_is_let_into_an_empty_house() -> None:
     """Later would be no better."""
     door_of(Clock()).enter("large", 10, Lane.INTERACTIVE, 0.5)
+
+
+def test_small_batches_say_nothing_of_a_queue() -> None:
+    """One row took a second, and others are let in all the same: together they are faster."""
+    clock = Clock()
+    door: Door[str] = Door(10, clock)
+    for n in range(3):
+        door.enter(f"{n}", 1, Lane.INTERACTIVE)
+        door.take()
+        clock.now += 1.0
+        door.done()
+    for n in range(10):
+        door.enter(f"many {n}", 1, Lane.INTERACTIVE, 0.5)
 
 
 def test_without_times_the_queue_still_ends() -> None:
@@ -224,7 +237,7 @@ def test_a_client_refuses_what_its_own_queue_cannot_answer_in_time() -> None:
         return np.array(items)
 
     coalescer: Coalescer[int, np.ndarray] = Coalescer(slowly, 8)
-    coalescer([1], Deadline(5))
+    coalescer([*range(8)], Deadline(5))
     with ThreadPoolExecutor(64) as pool:
         calls = [pool.submit(coalescer, [n], Deadline(0.4)) for n in range(64)]
     kinds = [type(call.exception()) for call in calls]

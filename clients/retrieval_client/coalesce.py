@@ -68,7 +68,7 @@ class Coalescer(Generic[Item, Results]):
     def __init__(self, send: Callable[[list[Item], Deadline], Results], most: int) -> None:
         self._send, self._most = send, most
         self._under_way = 0
-        self._pace, self._last_answer = Pace(), 0.0
+        self._pace, self._last_answer = Pace(most), 0.0
         self._waiting: deque[_Call[Item, Results]] = deque()
         self._ahead = 0
         """Items of those who wait."""
