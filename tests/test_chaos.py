@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.arrangements import ARRANGEMENTS, arranged
 from benchmarks.chaos import ROWS
 from benchmarks.soak import growth_of
+from export.config_from_contract import config_from_text
 from tests.conftest import ROOT
 
 SHORT = {"fuzz": 0.03, "overload": 0.05, "stalls": 0.04, "soak": 0.015}
@@ -66,3 +68,19 @@ def test_growth_is_found_and_noise_is_not() -> None:
     assert leaking.per_hour == pytest.approx(3.6e8, rel=0.05)
     handles = growth_of(seconds, 300 + np.floor(seconds / 60))
     assert handles.found
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_an_arrangement_changes_the_batcher_and_nothing_else(
+    name: str, release_folder: Path, tmp_path: Path
+) -> None:
+    there = "model_repository/query_encoder/configs/local.pbtxt"
+    copy = arranged(release_folder, ARRANGEMENTS[name], tmp_path)
+    before, after = (config_from_text((f / there).read_text()) for f in (release_folder, copy))
+    changed = after.dynamic_batching != before.dynamic_batching or len(after.instance_group) > 1
+    assert changed == (name not in ("nothing", "door"))
+    after.dynamic_batching.CopyFrom(before.dynamic_batching)
+    after.instance_group[0].count = before.instance_group[0].count
+    assert after == before
+    (code,) = (copy / "model_repository/query_encoder").glob("*/model.py")
+    assert code.is_symlink() == (name == "door")
