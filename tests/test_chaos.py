@@ -16,7 +16,7 @@ from benchmarks.soak import growth_of
 from export.config_from_contract import config_from_text
 from tests.conftest import ROOT
 
-SHORT = {"fuzz": 0.03, "overload": 0.05, "stalls": 0.04, "soak": 0.015}
+SHORT = {"fuzz": 0.03, "overload": 0.05, "stalls": 0.04, "soak": 0.01}
 """Of the whole; kills and restarts are in test_supervisor.py and test_replicas.py."""
 
 

@@ -71,7 +71,7 @@ class Coalescer(Generic[Item, Results]):
         self._pace, self._last_answer = Pace(most), 0.0
         self._waiting: deque[_Call[Item, Results]] = deque()
         self._ahead = 0
-        """Items of those who wait."""
+        """Items of those who are not answered yet."""
         self._lock = threading.Lock()
         self._shared = False
         """Whether the last request had several callers."""
@@ -171,7 +171,6 @@ class Coalescer(Generic[Item, Results]):
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
             batch.append(self._waiting.popleft())
             count += len(batch[-1].items)
-        self._ahead -= count
         return batch
 
     def _hand_on(self, batch: list[_Call[Item, Results]], mine: _Call[Item, Results]) -> None:
@@ -179,9 +178,10 @@ class Coalescer(Generic[Item, Results]):
             self._under_way -= 1
             mine.leads = False
             for call in reversed(batch):
-                if not call.done:
+                if call.done:
+                    self._ahead -= len(call.items)
+                else:
                     self._waiting.appendleft(call)
-                    self._ahead += len(call.items)
             self._appoint()
             for call in batch:
                 if call.done and call is not mine:
