@@ -21,8 +21,8 @@ PATIENCE_S = 60.0
 """The time of a request that names none."""
 SHARE = 0.5
 """Of its time that a request may be expected to wait here: the rest is the way to us and back."""
-LONGEST_BATCHES = 16
-"""So many batches may wait, whatever their time: what waits here lies in shared memory."""
+LONGEST_BATCHES = 64
+"""So many batches may wait, whatever their time: what waits here takes memory."""
 HOLD_S = 5e-3
 """Who lets in requests pauses so long while a batch is computed: the next come in one parcel."""
 MEMORY = 0.9
