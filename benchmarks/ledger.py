@@ -46,9 +46,9 @@ def fill(settings: Settings, release: Release, products: int) -> None:
         for at, vector in enumerate(vectors)
     ]
     with Catalog(settings) as catalog:
-        catalog.prepare(release.release_id, release.vector_dim)
-        catalog.upsert(rows)
-        catalog.flush()
+        collection = catalog.prepare(release.release_id, release.vector_dim)
+        collection.upsert(rows)
+        collection.flush()
 
 
 def searched(

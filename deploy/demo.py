@@ -26,7 +26,8 @@ from deploy.server import LATEST, Server, triton
 from deploy.wheel import ROOT, SERVER_PYTHON
 from retrieval_client import Hit, ProductSearch, Settings
 from retrieval_client.picture import draw_results
-from retrieval_client.push import MAX_TITLE_CHARS, Push, PushReport
+from retrieval_client.push import Push, PushReport
+from retrieval_client.rows import MAX_TITLE_CHARS
 from retrieval_client.sources import Source, SourceRow
 from retrieval_contract.errors import DeployError, ItemError, RetrievalError
 from retrieval_contract.preprocess import text_from_bytes
@@ -122,7 +123,7 @@ def _records(path: Path, *columns: str) -> list[dict[str, str]]:
 
 def fill(search: ProductSearch, source: Source, places: Collection[int]) -> PushReport:
     """Push those rows with a progress bar, and say which were refused."""
-    push = Push(search.settings, search.encoder, search.catalog)
+    push = Push(search.settings, search.encoders, search.catalog)
     with Progress(console=console) as bar:
         task = bar.add_task("encode and store", total=len(places))
         report = push.run(
@@ -154,14 +155,14 @@ def demo(
     shutil.rmtree(store, ignore_errors=True)
     with ProductSearch(Settings(triton=server.grpc_address, milvus=str(store))) as search:
         report = fill(search, source, places)
-        stored = search.catalog.count()
+        stored = search.catalog.serving().count()
         if not stored or stored != report.stored:
             raise DeployError(
                 f"{source.path}: of {report.read} rows {report.stored} were stored and "
                 f"{len(report.rejects)} refused, and the catalog holds {stored}"
             )
         results = [search(query, limit=RESULTS, thumbnails=True) for query in queries]
-        version = search.catalog.server_version()
+        version = search.catalog.milvus.backend.version
     draw_results(queries, results, out / "results.png")
     say_results(queries, results)
     console.print(f"picture: {out / 'results.png'}", markup=False)

@@ -17,7 +17,10 @@ RetrievalError
 │   ├── RequestRefused       the request itself is wrong
 │   └── AccessDenied         this is not open to us
 └── CatalogError             Milvus answered with an error
-    └── CatalogUnavailable   nobody answers, or the collection is still loading
+    ├── CatalogUnavailable   nobody answers, or the collection is still loading
+    ├── CollectionGone       what was asked of is not there (any more)
+    ├── TooMuchToDelete      a source that lacks much of what is stored
+    └── Unsupported          this Milvus cannot do what was asked for
 
 Messages say what was expected, what was found, and what to do next.
 """
@@ -128,3 +131,15 @@ class CatalogError(RetrievalError):
 
 class CatalogUnavailable(CatalogError):
     """Nobody answers at the Milvus address, or the collection is still loading."""
+
+
+class CollectionGone(CatalogError):
+    """What was asked of is not there: never filled, or cleared away meanwhile."""
+
+
+class TooMuchToDelete(CatalogError):
+    """A source lacks so much of what is stored that it looks cut short; nothing was deleted."""
+
+
+class Unsupported(CatalogError):
+    """This Milvus cannot do what was asked for."""

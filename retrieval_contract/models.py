@@ -119,6 +119,7 @@ class Field:
     meaning: str
     max_bytes: int = 0
     size: str = ""  # the release size of a vector field
+    words_of: str = ""  # the text field that Milvus makes this one from, where it has BM25
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,21 @@ class Collection:
         return f"{alias}_{release_id}"
 
 
+BUCKETS = 1000
+"""A share of a catalog is a condition on the field `bucket`: `bucket < 10` is about one percent."""
+
 PRODUCTS = Collection(
     alias="products",
     metric="COSINE",
     fields=(
         Field("id", "VARCHAR", "the caller's id", max_bytes=256),
         Field("title", "VARCHAR", "as given, cleaned", max_bytes=8192),
-        Field("content_hash", "VARCHAR", "of everything this row was made from", max_bytes=64),
+        Field("content_hash", "VARCHAR", "release id, and a hash of title, image", max_bytes=64),
+        Field("row_hash", "VARCHAR", "of all that the source says of it", max_bytes=64),
+        Field("bucket", "INT64", "a hash of the id, 0 to BUCKETS - 1"),
         Field("attributes", "JSON", "the source's other columns"),
         Field("thumbnail", "VARCHAR", "base64 JPEG for result pages, or empty", max_bytes=65535),
         Field("vector", "FLOAT_VECTOR", "product_vector", size="vector_dim"),
+        Field("words", "SPARSE_FLOAT_VECTOR", "BM25 of the title", words_of="title"),
     ),
 )

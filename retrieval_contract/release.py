@@ -174,7 +174,7 @@ def contract_fingerprint() -> str:
         part.name: [[tensor(t) for t in part.inputs], [tensor(t) for t in part.outputs]]
         for part in parts
     }
-    fields = [[f.name, f.kind, f.max_bytes, f.size] for f in models.PRODUCTS.fields]
+    fields = [list(dataclasses.astuple(f)) for f in models.PRODUCTS.fields]
     return sha256_of_json([declared, fields, models.PRODUCTS.metric, PREPROCESSING_VERSION])
 
 

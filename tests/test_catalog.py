@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from pymilvus import DataType, MilvusClient
 
-from retrieval_client import Catalog, Settings
-from retrieval_client.catalog import check_id, id_filter
+from retrieval_client import Catalog, Collection, Settings
+from retrieval_client.collection import check_id, id_filter
 from retrieval_contract import models
 from retrieval_contract.errors import (
-    CatalogError,
     CatalogUnavailable,
+    CollectionGone,
     ContractError,
     ItemError,
     ReleaseMismatch,
@@ -50,15 +50,18 @@ def store(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def catalog(store: Settings):
+def stored(store: Settings):
+    """An empty collection behind the alias."""
     with Catalog(store) as connected:
-        connected.prepare(RELEASE, DIM)
-        yield connected
+        yield connected.prepare(RELEASE, DIM)
 
 
-def test_the_collection_is_the_contracts(catalog: Catalog, store: Settings) -> None:
-    info = catalog.info()
-    assert info is not None
+def hashes(stored: Collection, ids: list[str]) -> dict[str, str]:
+    return {i: row["content_hash"] for i, row in stored.of_ids(ids, ["content_hash"]).items()}
+
+
+def test_the_collection_is_the_contracts(stored: Collection, store: Settings) -> None:
+    info = stored.info
     assert (info.name, info.release_id, info.vector_dim) == (f"products_{RELEASE}", RELEASE, DIM)
     found = MilvusClient(store.milvus).describe_collection("products")
     assert [(f["name"], f["type"].name) for f in found["fields"]] == [
@@ -67,13 +70,13 @@ def test_the_collection_is_the_contracts(catalog: Catalog, store: Settings) -> N
     assert found["properties"]["release_id"] == RELEASE
 
 
-def test_rows_come_back_and_upserting_replaces(catalog: Catalog) -> None:
+def test_rows_come_back_and_upserting_replaces(stored: Collection) -> None:
     row = dataclasses.replace(
         product_row("a", DIM, 1, "red"), attributes={"price": 9.5, "tags": ["x"]}, thumbnail=b"jpg"
     )
-    catalog.upsert([row, product_row("b", DIM, 2)])
-    catalog.flush()
-    (hits,) = catalog.search(row.vector[None], limit=5, thumbnails=True)
+    stored.upsert([row, product_row("b", DIM, 2)])
+    stored.flush()
+    (hits,) = stored.search(row.vector[None], limit=5, thumbnails=True)
     assert [h.id for h in hits] == ["a", "b"]
     assert hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert (hits[0].title, hits[0].attributes, hits[0].thumbnail) == (
@@ -81,18 +84,18 @@ def test_rows_come_back_and_upserting_replaces(catalog: Catalog) -> None:
         {"price": 9.5, "tags": ["x"]},
         b"jpg",
     )
-    catalog.upsert([dataclasses.replace(row, title="green", content_hash="new")])
-    assert catalog.count() == 2
-    assert catalog.stored_hashes(["a", "b", "c"]) == {"a": "new", "b": "hash-2"}
+    stored.upsert([dataclasses.replace(row, title="green", content_hash="new")])
+    assert stored.count() == 2
+    assert hashes(stored, ["a", "b", "c"]) == {"a": "new", "b": "hash-2"}
 
 
-def test_hostile_ids_are_found_and_deleted_one_by_one(catalog: Catalog) -> None:
-    catalog.upsert([product_row(i, DIM, n) for n, i in enumerate(HOSTILE_IDS)])
+def test_hostile_ids_are_found_and_deleted_one_by_one(stored: Collection) -> None:
+    stored.upsert([product_row(i, DIM, n) for n, i in enumerate(HOSTILE_IDS)])
     for left, product_id in reversed(list(enumerate(HOSTILE_IDS))):
-        assert set(catalog.stored_hashes([product_id])) == {product_id}
-        assert catalog.delete([product_id]) == [product_id]
-        assert catalog.count() == left, f"{product_id!r} took other rows with it"
-        assert catalog.delete([product_id]) == []
+        assert set(stored.of_ids([product_id], [])) == {product_id}
+        assert stored.delete([product_id]) == [product_id]
+        assert stored.count() == left, f"{product_id!r} took other rows with it"
+        assert stored.delete([product_id]) == []
 
 
 def test_ids_are_quoted_without_escapes_that_milvus_cannot_read() -> None:
@@ -105,40 +108,38 @@ def test_ids_that_cannot_be_stored_are_refused(bad: str) -> None:
         check_id(bad)
 
 
-def test_an_id_of_full_length_is_stored(catalog: Catalog) -> None:
+def test_an_id_of_full_length_is_stored(stored: Collection) -> None:
     longest = "é" * 128
     check_id(longest)
-    catalog.upsert([product_row(longest, DIM)])
-    assert set(catalog.stored_hashes([longest])) == {longest}
+    stored.upsert([product_row(longest, DIM)])
+    assert set(stored.of_ids([longest], [])) == {longest}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 0.5])
 def test_vectors_that_milvus_would_take_silently_are_refused(
-    catalog: Catalog, value: float
+    stored: Collection, value: float
 ) -> None:
     good = product_row("good", DIM)
     bad = dataclasses.replace(product_row("bad", DIM), vector=np.full(DIM, value, np.float32))
     with pytest.raises(ContractError, match="bad: expected a unit vector"):
-        catalog.upsert([good, bad])
-    assert catalog.count() == 0
+        stored.upsert([good, bad])
+    assert stored.count() == 0
 
 
-def test_vectors_of_another_size_are_refused(catalog: Catalog) -> None:
+def test_vectors_of_another_size_are_refused(stored: Collection) -> None:
     with pytest.raises(ContractError, match=r"expected \(rows, 8\), got \(1, 9\)"):
-        catalog.upsert([product_row("a", DIM + 1)])
+        stored.upsert([product_row("a", DIM + 1)])
 
 
 @pytest.mark.parametrize(("release", "dim"), [("other", DIM), (RELEASE, DIM + 1)])
 def test_another_release_or_size_is_refused_and_nothing_is_lost(
-    catalog: Catalog, store: Settings, release: str, dim: int
+    stored: Collection, store: Settings, release: str, dim: int
 ) -> None:
-    catalog.upsert([product_row("a", DIM)])
-    with Catalog(store) as other:
-        with pytest.raises(ReleaseMismatch, match="serve the collection's release"):
-            other.prepare(release, dim)
-        with pytest.raises(ReleaseMismatch):
-            other.check(release, dim)
-    assert catalog.count() == 1
+    stored.upsert([product_row("a", DIM)])
+    mismatch = pytest.raises(ReleaseMismatch, match="serve the collection's release")
+    with Catalog(store) as other, mismatch:
+        other.prepare(release, dim)
+    assert stored.count() == 1
 
 
 def test_somebody_elses_collection_is_refused_and_left_alone(store: Settings) -> None:
@@ -163,51 +164,41 @@ def test_an_interrupted_creation_is_finished(store: Settings, index: bool) -> No
         if not index:
             client.release_collection(f"products_{RELEASE}")
             client.drop_index(f"products_{RELEASE}", "vector")
-            assert client.list_indexes(f"products_{RELEASE}") == []
-        assert catalog.info() is None
-        catalog.prepare(RELEASE, DIM)
-        catalog.upsert([product_row("a", DIM)])
-        assert catalog.search(np.eye(1, DIM, dtype=np.float32))[0][0].id == "a"
+            assert "vector" not in client.list_indexes(f"products_{RELEASE}")
+        assert catalog.find() is None
+        stored = catalog.prepare(RELEASE, DIM)
+        stored.upsert([product_row("a", DIM)])
+        assert stored.search(np.eye(1, DIM, dtype=np.float32))[0][0].id == "a"
 
 
 def test_rows_go_where_they_were_prepared_for_when_the_alias_moves(
-    catalog: Catalog, store: Settings
+    stored: Collection, store: Settings
 ) -> None:
     other = models.PRODUCTS.name("feedfacefeedface", "other")
     with Catalog(dataclasses.replace(store, collection="other")) as second:
-        second.prepare("feedfacefeedface", DIM)
+        others = second.prepare("feedfacefeedface", DIM)
         MilvusClient(store.milvus).alter_alias(other, "products")
-        catalog.upsert([product_row("a", DIM)])
-        assert (catalog.count(), second.count()) == (1, 0)
-
-
-def test_writing_without_saying_for_which_release_is_refused(store: Settings) -> None:
-    with Catalog(store) as catalog, pytest.raises(CatalogError, match="call `prepare` first"):
-        catalog.upsert([product_row("a", DIM)])
+        stored.upsert([product_row("a", DIM)])
+        assert (stored.count(), others.count()) == (1, 0)
 
 
 def test_reading_makes_no_store(store: Settings) -> None:
-    with Catalog(store) as catalog, pytest.raises(CatalogError, match="retrieval push"):
-        catalog.count()
+    with Catalog(store) as catalog, pytest.raises(CollectionGone, match="retrieval push"):
+        catalog.serving()
     assert not Path(store.milvus).exists()
 
 
-def test_an_empty_catalog_says_how_to_fill_it(store: Settings) -> None:
-    with Catalog(store) as catalog, pytest.raises(CatalogError, match="retrieval push"):
-        catalog.check(RELEASE, DIM)
-
-
-def test_limits_are_checked(catalog: Catalog) -> None:
+def test_limits_are_checked(stored: Collection) -> None:
     for limit in (0, 20_000):
         with pytest.raises(ContractError, match="limit: expected 1 to 16384"):
-            catalog.search(np.zeros((1, DIM), np.float32), limit=limit)
+            stored.search(np.zeros((1, DIM), np.float32), limit=limit)
 
 
 def test_a_server_that_is_down_is_said_in_time() -> None:
     settings = Settings(milvus="http://127.0.0.1:1", timeout_s=2)
     started = time.monotonic()
     with Catalog(settings) as catalog, pytest.raises(CatalogUnavailable, match="see that it runs"):
-        catalog.count()
+        catalog.serving()
     assert time.monotonic() - started < 10
 
 
@@ -224,12 +215,12 @@ def test_a_store_held_by_another_process_is_said(store: Settings, tmp_path: Path
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with Catalog(store) as catalog, pytest.raises(CatalogUnavailable, match="may hold it"):
-            catalog.count()
+            catalog.serving()
     finally:
         holder.kill()
         holder.wait()
     with Catalog(store) as catalog:
-        assert catalog.count() == 0, "the lock went with its process"
+        assert catalog.serving().count() == 0, "the lock went with its process"
 
 
 def test_a_path_that_is_no_catalog_is_said(tmp_path: Path) -> None:
@@ -239,20 +230,21 @@ def test_a_path_that_is_no_catalog_is_said(tmp_path: Path) -> None:
         Catalog(Settings(milvus=str(path))) as catalog,
         pytest.raises(CatalogUnavailable, match="cannot be opened"),
     ):
-        catalog.count()
+        catalog.serving()
     assert path.read_text() == "not a store"
 
 
 def test_what_was_written_survives_the_process(store: Settings) -> None:
     script = (
         "from tests.conftest import product_row; from retrieval_client import Catalog, Settings; "
-        f"c = Catalog(Settings(milvus={store.milvus!r})); c.prepare({RELEASE!r}, {DIM}); "
+        f"c = Catalog(Settings(milvus={store.milvus!r})).prepare({RELEASE!r}, {DIM}); "
         f"c.upsert([product_row(str(i), {DIM}, i) for i in range(50)]); "
         "import os; os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=os.getcwd())
     with Catalog(store) as catalog:
-        assert catalog.check(RELEASE, DIM)
-        assert catalog.count() == 50
-        (hits,) = catalog.search(product_row("7", DIM, 7).vector[None], limit=1)
+        stored = catalog.serving()
+        assert stored.info.release_id == RELEASE
+        assert stored.count() == 50
+        (hits,) = stored.search(product_row("7", DIM, 7).vector[None], limit=1)
     assert hits[0].id == "7"

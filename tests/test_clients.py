@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from deploy.server import triton
-from retrieval_client import Catalog, Encoder, ProductSearch, RetrievalError, Settings
+from retrieval_client import Catalog, Encoder, Encoders, ProductSearch, RetrievalError, Settings
 from retrieval_client.push import Push, PushReport
 from retrieval_client.sources import Source, SourceRow
 from retrieval_contract.errors import (
@@ -49,8 +49,8 @@ def good_rows(count: int = len(TITLES)) -> list[SourceRow]:
 
 
 def push(settings: Settings, rows: list[SourceRow]) -> PushReport:
-    with Encoder(settings) as encoder, Catalog(settings) as catalog:
-        return Push(settings, encoder, catalog).run(rows)
+    with Encoders(settings) as encoders, Catalog(settings) as catalog:
+        return Push(settings, encoders, catalog).run(rows)
 
 
 def test_settings_come_from_flags_over_environment_over_defaults() -> None:
@@ -91,7 +91,7 @@ def test_pushing_twice_changes_nothing_and_changes_are_seen(settings: Settings) 
     assert (report.stored, report.unchanged) == (3, 5)
     with ProductSearch(settings) as search:
         assert search("purple umbrella", limit=1)[0].id == "p2"
-        assert search.catalog.count() == 8
+        assert search.catalog.serving().count() == 8
 
 
 def test_bad_rows_are_set_aside_by_id_and_the_rest_goes_in(settings: Settings) -> None:
@@ -128,9 +128,9 @@ def test_bad_rows_are_set_aside_by_id_and_the_rest_goes_in(settings: Settings) -
     assert (report.read, report.stored, report.settled) == (52, 41, 52)
     stored = {"p1", "again"}
     with Catalog(settings) as catalog:
-        assert catalog.count() == 41
+        assert catalog.serving().count() == 41
         ids = [row.id for row in bad if row.id]
-        assert set(catalog.stored_hashes(ids)) == stored
+        assert set(catalog.serving().of_ids(ids, [])) == stored
 
 
 def test_missing_title_or_missing_picture_is_served(settings: Settings) -> None:
@@ -142,7 +142,7 @@ def test_stored_vectors_are_the_encoders(settings: Settings, encoder: Encoder) -
     push(settings, good_rows())
     expected = encoder.encode_products([TITLES[3]], [photo((3, 90, 200))]).vector(0)
     with Catalog(settings) as catalog:
-        ((hit,),) = catalog.search(expected[None], limit=1)
+        ((hit,),) = catalog.serving().search(expected[None], limit=1)
     assert hit.id == "p3"
     assert hit.score == pytest.approx(1.0, abs=1e-5)
 
@@ -165,7 +165,7 @@ def test_one_deadline_covers_encode_and_search(settings: Settings) -> None:
 
 
 def test_ctrl_c_does_not_wait_for_servers_that_are_away(
-    settings: Settings, encoder: Encoder, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*args: object, **more: object) -> None:
         raise ServerUnavailable("away")
@@ -174,11 +174,10 @@ def test_ctrl_c_does_not_wait_for_servers_that_are_away(
         yield from good_rows(64)
         raise KeyboardInterrupt
 
-    encoder.served()
-    monkeypatch.setattr(encoder, "encode_products", away)
+    monkeypatch.setattr(Encoder, "encode_products", away)
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        Push(settings.override(retry_s=60.0), encoder, catalog).run(interrupted())
+    with Encoders(settings) as encoders, pytest.raises(KeyboardInterrupt):
+        Push(settings.override(retry_s=60.0), encoders, catalog).run(interrupted())
     assert time.monotonic() - started < 10
 
 
@@ -205,7 +204,7 @@ def test_a_server_that_is_down_stops_a_push_and_loses_nothing(
     with pytest.raises(ServerUnavailable, match="start it with `make serve`"):
         push(away, good_rows(16))
     with Catalog(settings) as catalog:
-        assert catalog.count() == 8
+        assert catalog.serving().count() == 8
     milvus_away = settings.override(milvus="http://127.0.0.1:1", retry_s=0.5)
     with pytest.raises(CatalogUnavailable):
         push(milvus_away, good_rows())
@@ -220,8 +219,8 @@ def test_a_server_that_comes_back_is_waited_for(
         ports = server.ports
         patient = settings.override(triton=server.grpc_address, retry_s=60.0)
         rows = iter(good_rows(600))
-        with Encoder(patient) as encoder, Catalog(patient) as catalog:
-            encoder.served()
+        with Encoders(patient) as encoders, Catalog(patient) as catalog:
+            encoders.served()
 
             def interrupted():
                 for number, row in enumerate(rows):
@@ -234,15 +233,15 @@ def test_a_server_that_comes_back_is_waited_for(
             from contextlib import ExitStack
 
             with ExitStack() as restart:
-                report = Push(patient, encoder, catalog).run(interrupted())
+                report = Push(patient, encoders, catalog).run(interrupted())
                 assert (report.stored, report.rejects) == (600, [])
-                assert catalog.count() == 600
+                assert catalog.serving().count() == 600
 
 
 def test_a_catalog_of_another_release_is_refused(settings: Settings, release: Release) -> None:
     with Catalog(settings) as catalog:
         catalog.prepare("feedfacefeedface", release.vector_dim)
-    mismatch = pytest.raises(ReleaseMismatch, match=r"feedfacefeedface .* the server encodes")
+    mismatch = pytest.raises(ReleaseMismatch, match=r"feedfacefeedface .* Triton at .* serves")
     with ProductSearch(settings) as search, mismatch:
         search("red dress")
     with pytest.raises(ReleaseMismatch):
@@ -272,7 +271,7 @@ def test_the_command_as_a_new_user_types_it(settings: Settings, tmp_path: Path) 
     pq.write_table(table, tmp_path / "products.parquet")
     done = retrieval(settings, "push", "products.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "8 stored, 0 unchanged, 0 refused; the catalog holds 8" in done.stderr
+    assert "0 refused; the catalog holds 8" in done.stderr
 
     done = retrieval(settings, "search", "navy blue shirt", "--image-out", "out.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -342,8 +341,9 @@ def test_errors_are_one_readable_line(
 
 def test_a_server_that_is_down_is_one_readable_line(tmp_path: Path) -> None:
     away = Settings(triton="127.0.0.1:1", milvus=str(tmp_path / "c.db"))
-    for command in (["search", "x"], ["status"]):
-        done = retrieval(away, *command, cwd=ROOT)
+    (tmp_path / "one.csv").write_text("id,title\na,red dress\n")
+    for command in (["push", "one.csv", "--retry-s", "1"], ["status"]):
+        done = retrieval(away, *command, cwd=tmp_path)
         assert done.returncode == 1
         assert "start it with `make serve`" in done.stderr.replace("\n", " ")
         assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ from PIL import Image
 from deploy import demo
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import LOOPBACK, Server, choose_ports
-from retrieval_client import Catalog, Encoder, ProductSearch, Settings
+from retrieval_client import Catalog, Encoders, ProductSearch, Settings
 from retrieval_client.push import Push
 from retrieval_client.sources import Source
 from retrieval_contract.errors import DeployError
@@ -35,8 +35,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def filled(settings: Settings, drawn: Path) -> Settings:
     """That catalog in Milvus."""
-    with Encoder(settings) as encoder, Catalog(settings) as catalog:
-        report = Push(settings, encoder, catalog).run(Source(drawn).rows())
+    with Encoders(settings) as encoders, Catalog(settings) as catalog:
+        report = Push(settings, encoders, catalog).run(Source(drawn).rows())
     assert (report.stored, report.rejects) == (PRODUCTS, [])
     return settings
 
@@ -221,8 +221,8 @@ import numpy as np
 from retrieval_client import Catalog, ProductRow, Settings
 uri, release_id, dim = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with Catalog(Settings(milvus=uri)) as catalog:
-    catalog.prepare(release_id, dim)
-    catalog.upsert([ProductRow("a", "title", "hash", np.eye(1, dim, dtype=np.float32)[0])])
+    vector = np.eye(1, dim, dtype=np.float32)[0]
+    catalog.prepare(release_id, dim).upsert([ProductRow("a", "title", "hash", vector)])
 """
 
 

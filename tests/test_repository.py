@@ -166,8 +166,7 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
     old, new = Release.load(tiny_release), Release.load(wider)
     store = str(tmp_path / "catalog.db")
     with Catalog(Settings(milvus=store)) as catalog:
-        catalog.prepare(old.release_id, old.vector_dim)
-        catalog.upsert([product_row("a", old.vector_dim)])
+        catalog.prepare(old.release_id, old.vector_dim).upsert([product_row("a", old.vector_dim)])
     log = (tmp_path / "triton.log").open("w")
     ports = choose_ports(LOOPBACK)
     encoder = Encoder(Settings(triton=f"{LOOPBACK}:{ports.grpc}"))
@@ -187,11 +186,10 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
         with Catalog(settings) as catalog:
             with pytest.raises(ReleaseMismatch, match=new.release_id):
                 catalog.prepare(new.release_id, new.vector_dim)
-            assert catalog.count() == 1, "nothing stored is lost"
+            assert catalog.serving().count() == 1, "nothing stored is lost"
         beside = Settings(triton=server.grpc_address, milvus=store, collection="wider")
         with Catalog(beside) as catalog:
-            catalog.prepare(new.release_id, new.vector_dim)
-            catalog.upsert([product_row("b", 24)])
+            catalog.prepare(new.release_id, new.vector_dim).upsert([product_row("b", 24)])
         with ProductSearch(beside) as search:
             assert [hit.id for hit in search("red dress")] == ["b"]
 

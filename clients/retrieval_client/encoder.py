@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from retrieval_client.channel import channel_to
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
+from retrieval_client.handshake import Served, describe
 from retrieval_client.ledger import RequestTimes, Statistics, took_from_reply
 from retrieval_client.replicas import Patience, Replicas
 from retrieval_client.retry import Backoff, RetryBudget
@@ -36,7 +36,7 @@ from retrieval_contract.errors import (
     ServerUnavailable,
 )
 from retrieval_contract.probes import Probes
-from retrieval_contract.release import RELEASE_PARAMETER, version_of
+from retrieval_contract.release import version_of
 from retrieval_contract.tensors import Array, Ensemble
 
 SHARED_ROWS, SHARED_BYTES = 16, 4096
@@ -46,15 +46,6 @@ UNCACHED = replace(models.QUERY_ENCODER, name=models.QUERY_UNCACHED)
 
 COUNTED_S = 5e-3
 """Between two looks at statistics that lag."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the server said of itself in the handshake; `cached`: it remembers queries' answers."""
-
-    release_id: str
-    vector_dim: int
-    cached: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +128,7 @@ class Encoder:
         """Both ensembles of every replica that answers; what they all say."""
         described = {
             f"{ensemble.name} at {address}": served
-            for address, each in self._replicas.ask(self._describe_both, deadline).items()
+            for address, each in self._replicas.ask(describe, deadline).items()
             for ensemble, served in zip(models.ENSEMBLES, each, strict=True)
         }
         if len(set(described.values())) > 1:
@@ -302,38 +293,6 @@ class Encoder:
         times = RequestTimes(sent - started, came - sent, time.perf_counter() - came, took)
         return arrays, times
 
-    def _describe_both(
-        self, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
-    ) -> list[Served]:
-        return [self._describe(ensemble, stub, address, deadline) for ensemble in models.ENSEMBLES]
-
-    def _describe(
-        self, ensemble: Ensemble, stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
-    ) -> Served:
-        """Compare one ensemble's config with the contract; its release and vector size."""
-        request = pb.ModelConfigRequest(name=ensemble.name)
-        with triton_errors(address, ensemble.name):
-            config = stub.ModelConfig(request, timeout=deadline.left_s).config
-        release_id = config.parameters[RELEASE_PARAMETER].string_value
-        vector = config.output[0].dims[0] if config.output and config.output[0].dims else 0
-        sizes = {"vector_dim": vector}
-        for declared, found in ((ensemble.inputs, config.input), (ensemble.outputs, config.output)):
-            wanted = [(t.name, t.dtype.config, list(t.dims(sizes))) for t in declared]
-            extra = models.TIMINGS.name  # which only a model in one process has
-            got = [(t.name, pb_type(t), list(t.dims)) for t in found if t.name != extra]
-            if wanted != got:
-                raise ContractError(
-                    f"Triton at {address}, {ensemble.name}: expected {wanted}, got {got}; "
-                    "client and server are of different versions"
-                )
-        if not re.fullmatch("[0-9a-f]{16}", release_id):
-            raise ContractError(
-                f"Triton at {address}, {ensemble.name}: its config names no "
-                "release; serve a built release folder"
-            )
-        steps = [step.model_name for step in config.ensemble_scheduling.step]
-        return Served(release_id, vector, cached=models.QUERY_CACHED in steps)
-
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
         """Ask any replica of the release that the request names, and again where that may help.
 
@@ -372,14 +331,3 @@ class Encoder:
             return self._handshake(deadline) == known
         except ServerUnavailable:
             return True  # all are away, for this moment
-
-
-def pb_type(tensor: Any) -> str:
-    """The name of a config tensor's data type, such as TYPE_FP32."""
-    name: str = (
-        type(tensor)
-        .DESCRIPTOR.fields_by_name["data_type"]
-        .enum_type.values_by_number[tensor.data_type]
-        .name
-    )
-    return name

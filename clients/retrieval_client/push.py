@@ -1,300 +1,269 @@
-"""Source rows → vectors → catalog: bad rows are set aside by id, the rest goes in."""
+"""Source rows → vectors → every live collection: bad rows are set aside by id, the rest goes in.
+
+It can be killed anywhere. A row is stored whole, with hashes of what it was made from, or not at
+all; the next run asks the collection what it holds, and does what is left. Nothing else remembers.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import random
-import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
 
-from retrieval_client.catalog import TITLE, Catalog, ProductRow, check_id
-from retrieval_client.encoder import Encoded, Encoder
+from retrieval_client.book import Book
+from retrieval_client.catalog import Catalog
+from retrieval_client.encoder import Encoded
+from retrieval_client.feed import LOOK_UP_ROWS, Fed, Feed, Plan
+from retrieval_client.fleet import Encoders
+from retrieval_client.patience import Patient
+from retrieval_client.rows import Candidate, Reject, batched, candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
+from retrieval_client.window import MOST, Window
 from retrieval_contract.errors import (
-    CatalogUnavailable,
-    DeadlineExceeded,
+    CatalogError,
     ItemError,
     Reason,
     ReleaseMismatch,
-    ServerUnavailable,
+    ServerBusy,
 )
-from retrieval_contract.preprocess import open_image, text_from_bytes
 
 REQUEST_ROWS = 32
 """Products in one request: the batch that the product tower is tuned for."""
-REQUESTS_IN_FLIGHT = 4
-"""Enough to keep decoding and tower busy at once; more only queues."""
-WRITE_ROWS = 1024
-LOOK_UP_ROWS = 512
-BATCH_BYTES = 16_000_000
-"""A look-up, a request or a write also ends here: a row may weigh megabytes."""
-THUMBNAIL_PX = (120, 160)
-MAX_ATTRIBUTE_BYTES = 60_000
-MAX_TITLE_CHARS = 4000
-"""Of the catalog; the release's own, lower bound is the server's to enforce."""
-AWAY = (ServerUnavailable, DeadlineExceeded, CatalogUnavailable)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Reject:
-    """One row that was not stored."""
-
-    id: str
-    code: str
-    detail: str
-
-    @classmethod
-    def of(cls, product_id: str, error: ItemError) -> Reject:
-        """From the item's own error."""
-        return cls(product_id, error.reason, error.detail)
-
-    def to_json(self) -> str:
-        """One line of a rejects file, in ASCII: an id may hold what no encoding takes."""
-        return json.dumps(asdict(self))
+PASS_SHARE = 0.25
+"""A source of fewer rows than this share of the collection asks for its own; a larger one reads all
+that is there in one pass, which costs less a row."""
+LIVE_TTL_S = 5.0
+"""How soon a push notices that a release is being built, and feeds its collection as well."""
+EXAMPLES = 100
 
 
 @dataclass
 class PushReport:
-    """What a push did; counts are rows."""
+    """What a push did, in all and by release. `rejects` are the first EXAMPLES.
+
+    `settled`: rows of which is known what becomes of them, each once for every collection.
+    """
 
     read: int = 0
-    encoded: int = 0
-    stored: int = 0
-    unchanged: int = 0
+    settled: int = 0
+    fed: dict[str, Fed] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
 
+    def _sum(self, name: str) -> int:
+        return sum(getattr(fed, name) for fed in self.fed.values())
+
     @property
-    def settled(self) -> int:
-        """Rows of which is known what becomes of them."""
-        return self.encoded + self.unchanged + len(self.rejects)
+    def encoded(self) -> int:
+        """Rows that a server encoded."""
+        return self._sum("encoded")
+
+    @property
+    def renewed(self) -> int:
+        """Rows that kept their vectors."""
+        return self._sum("renewed")
+
+    @property
+    def stored(self) -> int:
+        """Rows that were written."""
+        return self._sum("stored")
+
+    @property
+    def unchanged(self) -> int:
+        """Rows that were there already."""
+        return self._sum("unchanged")
+
+    @property
+    def deleted(self) -> int:
+        """Rows that the source no longer has."""
+        return self._sum("deleted")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A row that passed the checks that need no server."""
+class Answer:
+    """One encoded request; `pictures` are thumbnails."""
 
-    id: str
-    title: str
-    image: bytes
-    attributes: dict[str, Any]
-    content_hash: str
-
-    @property
-    def weight(self) -> int:
-        """Bytes that matter."""
-        return len(self.image) + len(self.title)
+    rows: list[Candidate]
+    encoded: Encoded
+    pictures: list[bytes]
 
 
 class Push:
     """One push of one source into one catalog; `run` may be called once."""
 
     def __init__(
-        self, settings: Settings, encoder: Encoder, catalog: Catalog, *, thumbnails: bool = True
+        self, settings: Settings, encoders: Encoders, catalog: Catalog, plan: Plan | None = None
     ) -> None:
-        self.encoder, self.catalog, self.thumbnails = encoder, catalog, thumbnails
-        self.retry_s, self.timeout_s = settings.retry_s, settings.push_timeout_s
+        self.encoders, self.catalog, self.plan = encoders, catalog, plan or Plan()
+        self.timeout_s = settings.push_timeout_s
         self.report = PushReport()
-        self._seen: set[bytes] = set()
-        self._ready: list[ProductRow] = []
-        self._weight = 0
-        self._stopped = threading.Event()
+        self.window = Window()
+        self._patiently = Patient(settings.retry_s)
+        self._feeds: dict[str, Feed] = {}
+        self._looked = float("-inf")
+        self._whole = True
 
     def run(
         self,
         rows: Iterable[SourceRow],
         progress: Callable[[PushReport], None] = lambda report: None,
         on_reject: Callable[[Reject], None] = lambda reject: None,
+        *,
+        rows_expected: int | None = None,
     ) -> PushReport:
         """Store every good row; calls `progress` as rows are settled, `on_reject` for each bad one.
 
         Pushing the same source twice stores nothing the second time. Waits `retry_s` for a
         server that is away; what was stored before an error stays, and a further run goes on.
+        Raises TooMuchToDelete before anything is deleted, CatalogError when the closing audit
+        finds another state than the source's.
         """
-        self._on_reject = on_reject
-        served = self.encoder.served()
-        self.catalog.prepare(served.release_id, served.vector_dim)
-        waiting: deque[Future[tuple[list[Candidate], Encoded, list[bytes]]]] = deque()
-        with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as pool:
+        self._progress, self._on_reject = progress, on_reject
+        self._prepare(rows_expected)
+        with Book() as self._book:
+            self._look_for_feeds()
+            self._stream(rows)
+            for feed in self._feeds.values():
+                self.report.settled += feed.write()
+            for feed in self._feeds.values():
+                feed.finish()
+        progress(self.report)
+        for feed in self._feeds.values():
+            if feed.fed.left and feed.fed.left.total:
+                raise CatalogError(
+                    f"{feed.collection.name}: expected what the source says, got {feed.fed.left}; "
+                    "did another push run meanwhile? push again, or `retrieval audit SOURCE`"
+                )
+        return self.report
+
+    def _prepare(self, rows_expected: int | None) -> None:
+        """A first push makes the collection, for the one release that is served."""
+        serving = self._patiently(self.catalog.find)
+        if serving is None and not self.plan.dry:
+            served = self._patiently(self.encoders.served)
+            if len(served) != 1:
+                raise ReleaseMismatch(
+                    f"push: expected one release for a new catalog, got {', '.join(served)}; give "
+                    "the address of the one to start with (--triton)"
+                )
+            (only,) = served.values()
+            self._patiently(lambda: self.catalog.prepare(only.release_id, only.vector_dim))
+        elif serving and rows_expected is not None and not self.plan.sync:
+            self._whole = rows_expected >= PASS_SHARE * self._patiently(serving.count)
+
+    def _look_for_feeds(self) -> None:
+        """Every live collection, of releases that are being built or kept to go back to as well."""
+        if time.monotonic() - self._looked < LIVE_TTL_S:
+            return
+        self._looked = time.monotonic()
+        for collection in self._patiently(self.catalog.live).values():
+            release_id = collection.info.release_id
+            if release_id in self._feeds:
+                continue
+            encoder = self._patiently(partial(self.encoders.for_collection, collection.info))
+            feed = self._feeds[release_id] = Feed(
+                encoder,
+                collection,
+                self._book,
+                self.plan,
+                self._patiently,
+                whole=self._whole,
+                late=self.report.read > 0,
+            )
+            self.report.fed[release_id] = feed.fed
+
+    def _stream(self, rows: Iterable[SourceRow]) -> None:
+        """Encode and store, with as many requests under way as the window allows."""
+        waiting: deque[tuple[Feed, Future[Answer]]] = deque()
+        with ThreadPoolExecutor(MOST) as pool:
             try:
-                for request in self._requests(rows, served.release_id):
-                    waiting.append(pool.submit(self._encode, request, served.release_id))
-                    if len(waiting) > REQUESTS_IN_FLIGHT:
-                        self._settle(waiting.popleft())
-                        progress(self.report)
+                for feed, request in self._requests(rows):
+                    waiting.append((feed, pool.submit(self._encode, feed, request)))
+                    while len(waiting) > self.window.size:
+                        self._settle(*waiting.popleft())
                 while waiting:
-                    self._settle(waiting.popleft())
-                    progress(self.report)
+                    self._settle(*waiting.popleft())
             except BaseException:
                 # Ctrl-C and errors must not wait for calls that are being repeated. What was
                 # encoded is stored by the next run.
-                self._stopped.set()
-                for future in waiting:
+                self._patiently.stop()
+                for _, future in waiting:
                     future.cancel()
                 raise
-        self._write()
-        if self.report.stored:
-            self._patiently(self.catalog.flush)
-        progress(self.report)
-        return self.report
 
-    def _requests(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[list[Candidate]]:
-        """Checked rows whose stored hash differs, in requests."""
-        return batched(self._changed(rows, release_id), REQUEST_ROWS)
+    def _requests(self, rows: Iterable[SourceRow]) -> Iterator[tuple[Feed, list[Candidate]]]:
+        """Checked rows that have to be encoded, in requests."""
+        for candidates in batched(self._checked(rows), LOOK_UP_ROWS):
+            self._look_for_feeds()
+            if not self._feeds:  # a dry run, and nothing there yet
+                self.report.fed.setdefault("", Fed()).encoded += len(candidates)
+            for feed in self._feeds.values():
+                self.report.settled += feed.take(candidates)
+                if feed.pending:  # the last request waits for more rows
+                    *full, feed.pending = batched(feed.pending, REQUEST_ROWS)
+                    yield from ((feed, request) for request in full)
+            self._progress(self.report)
+        yield from ((feed, feed.pending) for feed in self._feeds.values() if feed.pending)
 
-    def _changed(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[Candidate]:
-        for candidates in batched(self._checked(rows, release_id), LOOK_UP_ROWS):
-            ids = [candidate.id for candidate in candidates]
-            stored = self._patiently(partial(self.catalog.stored_hashes, ids))
-            for candidate in candidates:
-                if stored.get(candidate.id) == candidate.content_hash:
-                    self.report.unchanged += 1
-                else:
-                    yield candidate
-
-    def _checked(self, rows: Iterable[SourceRow], release_id: str) -> Iterator[Candidate]:
+    def _checked(self, rows: Iterable[SourceRow]) -> Iterator[Candidate]:
         for row in rows:
             self.report.read += 1
             try:
-                yield candidate_from_row(row, release_id, self.thumbnails, self._seen)
+                candidate = candidate_from_row(row, self.plan.thumbnails)
+                if not self._book.say(candidate):
+                    detail = "an earlier row of this source has this id; give each product its own"
+                    raise ItemError(Reason.DUPLICATE_ID, detail)
             except ItemError as exc:
+                if is_good_id(row.id):
+                    self._book.refuse(row.id)
                 self._reject(row.name, exc)
+            else:
+                yield candidate
 
     def _reject(self, name: str, error: ItemError) -> None:
         reject = Reject.of(name, error)
-        self.report.rejects.append(reject)
+        self.report.settled += 1
+        self.report.refused[reject.code] += 1
+        if len(self.report.rejects) < EXAMPLES:
+            self.report.rejects.append(reject)
         self._on_reject(reject)
 
-    def _encode(
-        self, rows: list[Candidate], release_id: str
-    ) -> tuple[list[Candidate], Encoded, list[bytes]]:
-        encoded = self._patiently(
-            lambda: self.encoder.encode_products(
-                [row.title for row in rows], [row.image for row in rows], timeout_s=self.timeout_s
-            )
-        )
-        if encoded.served.release_id != release_id:
+    def _encode(self, feed: Feed, rows: list[Candidate]) -> Answer:
+        titles, images = [row.title for row in rows], [row.image for row in rows]
+
+        def encode() -> Encoded:
+            try:
+                return feed.encoder.encode_products(titles, images, timeout_s=self.timeout_s)
+            except ServerBusy:
+                self.window.refused()
+                raise
+
+        encoded = self._patiently(encode)
+        if encoded.served.release_id != feed.release_id:
             raise ReleaseMismatch(
-                f"push: the server changed from release {release_id} to "
+                f"push: the server changed from release {feed.release_id} to "
                 f"{encoded.served.release_id}; rows stored so far are of the first: push again"
             )
+        self.window.answered(len(rows))
         pictures = [
-            thumbnail(row.image) if self.thumbnails and row.image and not error else b""
+            b"" if error else feed.thumbnail(row)
             for row, error in zip(rows, encoded.errors, strict=True)
         ]
-        return rows, encoded, pictures
+        return Answer(rows, encoded, pictures)
 
-    def _settle(self, done: Future[tuple[list[Candidate], Encoded, list[bytes]]]) -> None:
-        rows, encoded, pictures = done.result()
-        for i, row in enumerate(rows):
-            if (error := encoded.errors[i]) is not None:
+    def _settle(self, feed: Feed, done: Future[Answer]) -> None:
+        answer = done.result()
+        for i, row in enumerate(answer.rows):
+            if (error := answer.encoded.errors[i]) is not None:
+                self._book.take_back(row.id)
                 self._reject(row.id, error)
                 continue
-            self.report.encoded += 1
-            self._ready.append(
-                ProductRow(
-                    row.id,
-                    row.title,
-                    row.content_hash,
-                    encoded.vectors[i],
-                    row.attributes,
-                    pictures[i],
-                )
+            feed.fed.encoded += 1
+            self.report.settled += feed.make_ready(
+                row, answer.encoded.vectors[i], answer.pictures[i]
             )
-            self._weight += len(pictures[i]) + len(row.title) + len(json.dumps(row.attributes))
-        if len(self._ready) >= WRITE_ROWS or self._weight >= BATCH_BYTES:
-            self._write()
-
-    def _write(self) -> None:
-        self._patiently(lambda: self.catalog.upsert(self._ready))
-        self.report.stored += len(self._ready)
-        self._ready, self._weight = [], 0
-
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """Repeat a call while its server is away, at growing, random intervals, for `retry_s`.
-
-        Every call made here may be repeated without harm: encoding and upserts are idempotent.
-        """
-        end = time.monotonic() + self.retry_s
-        pause = 0.1
-        while True:
-            try:
-                return call()
-            except AWAY:
-                if time.monotonic() + pause > end:
-                    raise
-                if self._stopped.wait(pause * random.uniform(0.5, 1.0)):
-                    raise
-                pause = min(pause * 2, 5.0)
-
-
-def candidate_from_row(
-    row: SourceRow, release_id: str, thumbnails: bool, seen: set[bytes]
-) -> Candidate:
-    """Check one row and hash it; raises ItemError. `seen` collects digests of ids."""
-    if row.problem is not None:
-        raise row.problem
-    check_id(row.id)
-    title = text_from_bytes(row.title, MAX_TITLE_CHARS)
-    if len(title.encode()) > TITLE.max_bytes:
-        raise ItemError(Reason.TOO_LONG, "the title has more bytes than the catalog holds")
-    if not title and not row.image:
-        raise ItemError(Reason.NOTHING_TO_ENCODE, "expected a title or an image, got neither")
-    attributes = _json_of(row.attributes)
-    content = hashlib.sha256()
-    for part in (release_id, title, attributes, str(thumbnails)):
-        content.update(hashlib.sha256(part.encode()).digest())
-    content.update(row.image)
-    digest = hashlib.blake2b(row.id.encode(), digest_size=16).digest()
-    if digest in seen:  # asked last: a row that is refused for itself takes no id away
-        detail = "an earlier row of this source has this id; give each product its own"
-        raise ItemError(Reason.DUPLICATE_ID, detail)
-    seen.add(digest)
-    return Candidate(row.id, title, row.image, row.attributes, content.hexdigest())
-
-
-def _json_of(attributes: dict[str, Any]) -> str:
-    try:
-        text = json.dumps(attributes, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise ItemError(Reason.BAD_ATTRIBUTES, f"expected JSON values ({exc})") from exc
-    if size > MAX_ATTRIBUTE_BYTES:
-        raise ItemError(
-            Reason.BAD_ATTRIBUTES,
-            f"expected at most {MAX_ATTRIBUTE_BYTES} bytes of JSON, got {size}",
-        )
-    return text
-
-
-def thumbnail(image: bytes) -> bytes:
-    """A small JPEG for result pages, at most THUMBNAIL_PX (width, height)."""
-    picture = open_image(image, THUMBNAIL_PX)
-    picture.thumbnail(THUMBNAIL_PX)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
-
-
-def batched(items: Iterable[Candidate], size: int) -> Iterator[list[Candidate]]:
-    """Consecutive lists that end at `size` items or BATCH_BYTES, whichever comes first."""
-    batch: list[Candidate] = []
-    weight = 0
-    for item in items:
-        batch.append(item)
-        weight += item.weight
-        if len(batch) >= size or weight >= BATCH_BYTES:
-            yield batch
-            batch, weight = [], 0
-    if batch:
-        yield batch
+        self._progress(self.report)

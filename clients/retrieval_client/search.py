@@ -1,21 +1,34 @@
-"""Text → vector → hits, with one deadline over both."""
+"""Text → vector → hits, with one deadline over both.
+
+Each search goes from the alias to a collection, from there to a release, and to the encoder that
+serves it; then it asks that same collection, whatever the alias means by then. So no answer can mix
+two releases, and a promotion costs nobody an error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
 
-from retrieval_client.catalog import Catalog, Hit
+from retrieval_client.catalog import INFO_TTL_S, Catalog
+from retrieval_client.collection import Collection, Hit
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
+from retrieval_client.fleet import Encoders
 from retrieval_client.ledger import Laps, Timed
 from retrieval_client.settings import Settings
 from retrieval_client.tracing import Span, spans_of_application
-from retrieval_contract.errors import DeadlineExceeded, ItemError
+from retrieval_contract.errors import (
+    CollectionGone,
+    DeadlineExceeded,
+    ItemError,
+    ReleaseMismatch,
+    ServerUnavailable,
+)
 
 
 class ProductSearch:
-    """Search one catalog with the release it was filled by; refuses any other.
+    """Search one catalog, with the release that its collection was filled by.
 
     Where the application has set a tracer provider of OpenTelemetry, each search is a span.
     """
@@ -23,7 +36,7 @@ class ProductSearch:
     def __init__(self, settings: Settings, *, explain: bool = False) -> None:
         """`explain`: what `timed` needs; it costs the server a little."""
         self.settings = settings
-        self.encoder = Encoder(settings, explain=explain)
+        self.encoders = Encoders(settings, explain=explain)
         self.catalog = Catalog(settings)
         self._span = spans_of_application()
 
@@ -33,7 +46,7 @@ class ProductSearch:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.encoder.close()
+        self.encoders.close()
         self.catalog.close()
 
     def __call__(
@@ -65,10 +78,14 @@ class ProductSearch:
         deadline = Deadline(timeout_s or self.settings.timeout_s)
         return self._many(queries, limit, deadline, thumbnails, self._span)[0]
 
+    @property
+    def encoder(self) -> Encoder:
+        """Of the release that is searched now."""
+        return self._pair(Deadline(self.settings.timeout_s))[0]
+
     def connect(self) -> None:
         """Both handshakes, now instead of with the first search; raises what that would."""
-        served = self.encoder.served()
-        self.catalog.check(served.release_id, served.vector_dim)
+        self.encoder.served()
 
     def timed(
         self,
@@ -87,28 +104,52 @@ class ProductSearch:
         self, queries: Sequence[str], limit: int, deadline: Deadline, thumbnails: bool, span: Span
     ) -> tuple[list[list[Hit] | ItemError], Encoded]:
         with span("search"):
-            with span("encode"):
-                encoded = self.encoder.encode_queries(queries, timeout_s=deadline.left_s)
-            with span("milvus"):
-                return self._hits(encoded, limit, deadline, thumbnails), encoded
+            try:
+                return self._once(queries, limit, deadline, thumbnails, span)
+            except (ReleaseMismatch, CollectionGone, ServerUnavailable):
+                # A promotion, and then the old pair was cleared away: once more, with the new one.
+                before = self.catalog.find(max_age_s=INFO_TTL_S)
+                self.catalog.forget()
+                self.encoders.forget()
+                now = self.catalog.find(deadline=deadline)
+                if not before or not now or before.info == now.info:
+                    raise
+                return self._once(queries, limit, deadline, thumbnails, span)
+
+    def _pair(self, deadline: Deadline) -> tuple[Encoder, Collection]:
+        """What is searched, and who encodes for it."""
+        collection = self.catalog.serving(deadline)
+        return self.encoders.for_collection(collection.info, deadline), collection
+
+    def _once(
+        self, queries: Sequence[str], limit: int, deadline: Deadline, thumbnails: bool, span: Span
+    ) -> tuple[list[list[Hit] | ItemError], Encoded]:
+        with span("encode"):
+            encoder, collection = self._pair(deadline)
+            encoded = encoder.encode_queries(queries, timeout_s=deadline.left_s)
+            if encoded.served.release_id != collection.info.release_id:
+                raise ReleaseMismatch(
+                    f"Triton at {encoder.address}: expected release "
+                    f"{collection.info.release_id}, it serves {encoded.served.release_id} by now"
+                )
+        with span("milvus"):
+            return self._hits(encoded, collection, limit, deadline, thumbnails), encoded
 
     def _hits(
-        self, encoded: Encoded, limit: int, deadline: Deadline, thumbnails: bool
+        self,
+        encoded: Encoded,
+        collection: Collection,
+        limit: int,
+        deadline: Deadline,
+        thumbnails: bool,
     ) -> list[list[Hit] | ItemError]:
-        collection = self.catalog.check(
-            encoded.served.release_id, encoded.served.vector_dim, deadline
-        )
         if deadline.passed:
             raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
         if good:
-            hits = self.catalog.search(
-                encoded.vectors[good],
-                limit=limit,
-                thumbnails=thumbnails,
-                collection=collection,
-                deadline=deadline,
+            hits = collection.search(
+                encoded.vectors[good], limit=limit, thumbnails=thumbnails, deadline=deadline
             )
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row

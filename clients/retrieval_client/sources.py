@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from retrieval_contract.errors import ItemError, Reason, SourceError
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+STDIN = Path("-")
 READ_ROWS = 64
 """Rows held at once while reading Parquet; a row may carry a photo of megabytes."""
 csv.field_size_limit(2**27)
@@ -99,16 +101,18 @@ class Source:
     def rows(self) -> Iterator[SourceRow]:
         """Every row, in order; SourceError when the source as a whole cannot be read."""
         path = self.path
+        if path == STDIN:
+            return self._json_lines(sys.stdin.buffer, Path())
         if not path.exists():
             raise SourceError(
                 f"{path}: not found; expected a .parquet, .csv or .jsonl file, a "
-                "folder with products.parquet, or a folder of images"
+                "folder with products.parquet, a folder of images, or - for JSON lines on stdin"
             )
         if path.is_dir():
             if (path / "products.parquet").is_file():
                 return self._data_folder()
             return _image_folder(path)
-        readers = {".parquet": self._parquet, ".csv": self._csv, ".jsonl": self._json_lines}
+        readers = {".parquet": self._parquet, ".csv": self._csv, ".jsonl": self._jsonl}
         if path.suffix not in readers:
             raise SourceError(
                 f"{path}: expected {', '.join(readers)} or a folder, got "
@@ -165,15 +169,17 @@ class Source:
             columns = self.columns.find_in_header(self.path, reader.fieldnames or [])
             yield from _rows(_whole(reader), columns, self.path.parent)
 
-    def _json_lines(self) -> Iterator[SourceRow]:
-        """Lines have no header: each is read by the columns that it has."""
+    def _jsonl(self) -> Iterator[SourceRow]:
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    record = _json_object(line)
-                    there = () if isinstance(record, ItemError) else tuple(record)
-                    columns = self.columns.find(there)
-                    yield _row(record, columns, number, self.path.parent)
+            yield from self._json_lines(file, self.path.parent)
+
+    def _json_lines(self, lines: Iterable[bytes], folder: Path) -> Iterator[SourceRow]:
+        """Lines have no header: each is read by the columns that it has."""
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                record = _json_object(line)
+                there = () if isinstance(record, ItemError) else tuple(record)
+                yield _row(record, self.columns.find(there), number, folder)
 
 
 def _whole(reader: csv.DictReader[str]) -> Iterator[Read]:

@@ -17,6 +17,7 @@ from retrieval_contract.errors import (
     AccessDenied,
     CatalogError,
     CatalogUnavailable,
+    CollectionGone,
     DeadlineExceeded,
     RequestRefused,
     RetrievalError,
@@ -55,6 +56,8 @@ NEXT_STEP = {
 
 # pymilvus: 2 = cannot connect (or a wrong token), 101 = collection still loading.
 MILVUS_UNAVAILABLE = {2, 101}
+# 100 = no such collection or alias (1600: alias, of the server).
+MILVUS_GONE = {100, 1600}
 MILVUS_GRPC_UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 MILVUS_NEXT_STEP = "see that it runs and that the address and token are right (--milvus)"
 
@@ -81,6 +84,8 @@ def milvus_errors(uri: str, what: str) -> Iterator[None]:
     except RetrievalError:
         raise
     except MilvusException as exc:
+        if exc.code in MILVUS_GONE:
+            raise CollectionGone(f"Milvus at {uri}, {what}: {exc.message}") from exc
         away = exc.code in MILVUS_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}") from exc
     except grpc.RpcError as exc:

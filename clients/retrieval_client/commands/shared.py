@@ -1,0 +1,25 @@
+"""What the commands have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+EXIT_ERROR, EXIT_REFUSED = 1, 3
+console = Console(stderr=True)
+"""For people; stdout is for results."""
+
+
+@contextmanager
+def rejects_file(path: Path) -> Iterator[IO[str]]:
+    """Opened before the first row, so that nothing refused can be lost; gone if nothing was."""
+    with path.open("w", encoding="ascii") as file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink()

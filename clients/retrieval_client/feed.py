@@ -1,0 +1,220 @@
+"""One collection while it is fed: what it holds, what of the source it lacks, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from retrieval_client.book import Book, Differences
+from retrieval_client.collection import (
+    CONTENT_HASH,
+    ID,
+    ROW_HASH,
+    VECTOR,
+    Collection,
+    ProductRow,
+    check_vectors,
+)
+from retrieval_client.encoder import Encoder
+from retrieval_client.patience import Patient
+from retrieval_client.rows import BATCH_BYTES, Candidate, thumbnail
+from retrieval_contract.errors import ContractError, TooMuchToDelete
+from retrieval_contract.tensors import Array
+
+WRITE_ROWS = 1024
+LOOK_UP_ROWS = 512
+DELETE_SHARE = 0.2
+"""A source that lacks more than this share of what is stored is more likely cut short."""
+HASHES = [CONTENT_HASH.name, ROW_HASH.name]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a source is pushed. `sync` also deletes what it lacks, more than DELETE_SHARE of what is
+    stored only when `certain`; `dry` writes and encodes nothing."""
+
+    thumbnails: bool = True
+    sync: bool = False
+    certain: bool = False
+    dry: bool = False
+
+
+@dataclass
+class Fed:
+    """What happened to one collection; counts are rows. In a dry run: what would."""
+
+    encoded: int = 0
+    renewed: int = 0
+    """Stored anew with the vector they had: only price, stock or the like changed."""
+    stored: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    left: Differences | None = None
+    """What the closing audit found; None where nothing was written."""
+
+
+class Feed:
+    """A collection, the encoder of its release, and the rows that wait for either."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        collection: Collection,
+        book: Book,
+        plan: Plan,
+        patiently: Patient,
+        *,
+        whole: bool = True,
+        late: bool = False,
+    ) -> None:
+        """`whole`: read once all that the collection holds, instead of asking for ids; `late`: rows
+        of the source had been read before the collection was there."""
+        self.encoder, self.collection = encoder, collection
+        self.late = late
+        self.fed = Fed()
+        self.pending: list[Candidate] = []
+        """Waiting to be encoded."""
+        self._ready: list[ProductRow] = []
+        self._weight = 0
+        self._book, self._plan, self._patiently, self._whole = book, plan, patiently, whole
+        if whole:
+            self._read_all()
+
+    @property
+    def release_id(self) -> str:
+        """Of the vectors."""
+        return self.collection.info.release_id
+
+    def _read_all(self) -> None:
+        """Into the book: what the collection holds."""
+
+        def read() -> None:
+            self._book.empty(self.release_id)
+            for step in self.collection.every(HASHES):
+                self._book.hold(self.release_id, map(_hashes, step))
+
+        self._patiently(read)
+
+    def _look_up(self, ids: Sequence[str]) -> None:
+        """Into the book: what it holds of these."""
+        for start in range(0, len(ids), LOOK_UP_ROWS):
+            some = ids[start : start + LOOK_UP_ROWS]
+            found = self._patiently(partial(self.collection.of_ids, some, HASHES))
+            self._book.hold(self.release_id, map(_hashes, found.values()))
+
+    def take(self, candidates: Sequence[Candidate]) -> int:
+        """What must be encoded goes to `pending`; what only has new attributes is made ready.
+
+        Returns how many rows are settled with that.
+        """
+        if not self._whole:
+            self._look_up([candidate.id for candidate in candidates])
+        encode, renew = [], []
+        for candidate in candidates:
+            stored = self._book.stored(self.release_id, candidate.id)
+            if not stored or stored.content_hash != candidate.content_hash(self.release_id):
+                encode.append(candidate)
+            elif stored.row_hash != candidate.row_hash:
+                renew.append(candidate)
+            else:
+                self.fed.unchanged += 1
+        if self._plan.dry:
+            self.fed.encoded += len(encode)
+            self.fed.renewed += len(renew)
+            return len(candidates)
+        before = self.fed.stored
+        self.pending += encode
+        self.pending += self._renew(renew) if renew else []
+        return len(candidates) - len(encode) - len(renew) + self.fed.stored - before
+
+    def _renew(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Ready with the vectors that are stored; those whose vector is not sound are returned."""
+        ids, again = [candidate.id for candidate in candidates], []
+        found = self._patiently(partial(self.collection.of_ids, ids, [VECTOR.name]))
+        for candidate in candidates:
+            try:
+                vector = np.asarray(found[candidate.id][VECTOR.name], np.float32)
+                check_vectors([candidate.id], vector[None], self.collection.info.vector_dim)
+            except (KeyError, ContractError):
+                again.append(candidate)
+            else:
+                self.fed.renewed += 1
+                self.make_ready(candidate, vector, self.thumbnail(candidate))
+        return again
+
+    def thumbnail(self, row: Candidate) -> bytes:
+        """What is stored of a photo that can be read."""
+        return thumbnail(row.image) if self._plan.thumbnails and row.image else b""
+
+    def make_ready(self, row: Candidate, vector: Array, picture: bytes) -> int:
+        """To be written, with others; returns how many rows were written now."""
+        self._ready.append(
+            ProductRow(
+                row.id,
+                row.title,
+                row.content_hash(self.release_id),
+                vector,
+                row.attributes,
+                picture,
+                row.row_hash,
+            )
+        )
+        self._weight += len(picture) + len(row.title) + len(json.dumps(row.attributes))
+        full = len(self._ready) >= WRITE_ROWS or self._weight >= BATCH_BYTES
+        return self.write() if full else 0
+
+    def write(self) -> int:
+        """Write what is ready; how many rows that was."""
+        count = len(self._ready)
+        self._patiently(lambda: self.collection.upsert(self._ready))
+        self.fed.stored += count
+        self._ready, self._weight = [], 0
+        return count
+
+    def finish(self) -> None:
+        """Delete what the source lacks, where that is the plan; flush, and see for ourselves.
+
+        Raises TooMuchToDelete before anything is deleted.
+        """
+        if self._plan.sync:
+            self._delete_surplus()
+        if not self._plan.dry and (self.fed.stored or self.fed.deleted):
+            self._patiently(self.collection.flush)
+            if not self.late:
+                self.fed.left = self._audit()
+
+    def _delete_surplus(self) -> None:
+        held = self._book.held(self.release_id)
+        surplus = list(self._book.surplus(self.release_id))
+        if self._plan.dry:
+            self.fed.deleted = len(surplus)
+            return
+        if len(surplus) > DELETE_SHARE * held and not self._plan.certain:
+            raise TooMuchToDelete(
+                f"{self.collection.name}: expected a source that lacks at most {DELETE_SHARE:.0%} "
+                f"of the {held} rows stored, got one that lacks {len(surplus)}; nothing was "
+                "deleted: see that the source is whole, then say --yes"
+            )
+        for start in range(0, len(surplus), LOOK_UP_ROWS):
+            some = surplus[start : start + LOOK_UP_ROWS]
+            self._patiently(partial(self.collection.delete, some))
+            self.fed.deleted += len(some)
+
+    def _audit(self) -> Differences:
+        """The source against what the collection says now."""
+        if self._whole:
+            self._read_all()
+            found = self._book.differences(self.release_id)
+            return found if self._plan.sync else replace(found, surplus=0)
+        self._book.empty(self.release_id)
+        self._look_up(list(self._book.ids()))
+        return replace(self._book.differences(self.release_id), surplus=0)
+
+
+def _hashes(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name]

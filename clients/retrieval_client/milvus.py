@@ -1,0 +1,86 @@
+"""One connection to Milvus, Lite or a server, shared by all who read and write."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+
+from pymilvus import MilvusClient
+
+from retrieval_client.capabilities import Backend
+from retrieval_client.settings import Settings
+from retrieval_client.translate import milvus_errors
+from retrieval_contract.errors import CatalogUnavailable
+
+CONNECT_TIMEOUT_S = 2.0
+"""Of the constructor; pymilvus also reconnects with it while a server is away."""
+
+
+class Milvus:
+    """Opened on first use; safe between threads.
+
+    Raises CatalogUnavailable when nobody answers, CatalogError for the rest.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.uri = settings.milvus
+        self.timeout_s = settings.timeout_s
+        self.write_timeout_s = settings.push_timeout_s
+        self._settings = settings
+        self._opening = threading.Lock()
+        self._client: MilvusClient | None = None
+
+    def close(self) -> None:
+        """Close the connection. Milvus Lite holds its lock until the process ends."""
+        if self._client:
+            self._client.close()
+            self._client = None
+
+    @property
+    def lite(self) -> bool:
+        """Whether this is a folder, and not a server."""
+        return self.uri.endswith(".db")
+
+    @property
+    def exists(self) -> bool:
+        """False where a store of Milvus Lite is not there yet."""
+        return not self.lite or Path(self.uri).exists()
+
+    def make(self) -> None:
+        """The place for a store of Milvus Lite, where there is none yet."""
+        if self.lite:
+            Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
+
+    def errors(self, what: str) -> AbstractContextManager[None]:
+        """Inside: calls for the purpose `what`; their errors become ours."""
+        return milvus_errors(self.uri, what)
+
+    @property
+    def client(self) -> MilvusClient:
+        """The open connection."""
+        with self._opening:
+            if not self._client:
+                with self.errors("connect"):
+                    self._client = self._open()
+            return self._client
+
+    def _open(self) -> MilvusClient:
+        token = self._settings.milvus_token
+        try:
+            return MilvusClient(self.uri, token=token, timeout=CONNECT_TIMEOUT_S)
+        except Exception as exc:
+            if self.lite:  # one message of pymilvus covers every cause
+                raise CatalogUnavailable(
+                    f"Milvus Lite at {self.uri}: cannot be opened ({exc}); another process "
+                    "may hold it, or the path is not a catalog: close that process, or give "
+                    "another path (--milvus)"
+                ) from exc
+            raise
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What it is, and so what it can do."""
+        with self.errors("version"):
+            return Backend.of(self.client.get_server_version(timeout=self.timeout_s))
