@@ -2,7 +2,8 @@
 
 RetrievalError
 ├── ContractError            a tensor, size or declaration that cannot be right
-│   └── ReleaseMismatch      two parts speak of two different releases
+│   ├── ReleaseMismatch      two parts speak of two different releases
+│   └── FilterError          a condition on products that cannot be understood, or not everywhere
 ├── CheckpointError          a checkpoint folder that is incomplete or does not fit its config
 ├── ExportError              an artefact that failed its own proof, and so was not written
 ├── EngineError              a TensorRT engine that cannot be built, or is not what it should be
@@ -40,6 +41,10 @@ class ContractError(RetrievalError):
 
 class ReleaseMismatch(ContractError):
     """Two parts (server, collection, folder) speak of two different releases."""
+
+
+class FilterError(ContractError):
+    """A condition on products cannot be understood, or would not mean the same everywhere."""
 
 
 class CheckpointError(RetrievalError):
