@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pymilvus import DataType, MilvusClient
 
+from retrieval_client.connect import milvus_client
 from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import milvus_errors
@@ -35,8 +36,6 @@ from retrieval_contract.release import RELEASE_PARAMETER
 from retrieval_contract.tensors import Array
 
 ID, TITLE, CONTENT_HASH, ATTRIBUTES, THUMBNAIL, VECTOR = models.PRODUCTS.fields
-CONNECT_TIMEOUT_S = 2.0
-"""Of the constructor; pymilvus also reconnects with it while a server is away."""
 INFO_TTL_S = 5.0
 """How long a search trusts what the alias pointed to."""
 NORM_TOLERANCE = 1e-3
@@ -90,7 +89,7 @@ class Catalog:
         self.alias = settings.collection
         self.timeout_s = settings.timeout_s
         self.write_timeout_s = settings.push_timeout_s
-        self._token = settings.milvus_token
+        self._settings = settings
         self._info: tuple[float, CollectionInfo] | None = None
         self._bound: CollectionInfo | None = None
 
@@ -113,7 +112,7 @@ class Catalog:
         lite = self.uri.endswith(".db")
         with milvus_errors(self.uri, "connect"):
             try:
-                return MilvusClient(self.uri, token=self._token, timeout=CONNECT_TIMEOUT_S)
+                return milvus_client(self._settings)
             except Exception as exc:
                 if lite:  # one message of pymilvus covers every cause
                     raise CatalogUnavailable(
