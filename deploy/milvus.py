@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -43,6 +44,8 @@ SESSION_TTL_S = 10
 that gets no processor for so long ends itself."""
 ROOT_TOKEN = "root:Milvus"
 """Of a new server that asks for names."""
+TELLING = re.compile(r"^panic|^fatal error|\[(PANIC|FATAL)\]|Error: ")
+"""Lines that say why it ended: Go prints the stack of every goroutine after them."""
 WAYS = ((), ("--map-root-user",))
 """To a namespace: as root, and as anybody where the kernel lets users have their own."""
 
@@ -134,7 +137,7 @@ class MilvusServer:
             )
         assert self._room.stdout is not None
         first = self._room.stdout.readline()
-        self._words = LastWords(self._room, self.log)
+        self._words = LastWords(self._room, self.log, TELLING)
         if not first.strip().isdigit():
             raise DeployError(f"Milvus: cannot be started: {first}{self.last_words()}")
         self.pid = int(first)

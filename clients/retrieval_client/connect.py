@@ -18,12 +18,12 @@ def milvus_client(settings: Settings) -> MilvusClient:
 
     Encrypted when the address begins with `https://` or `milvus_ca` is given; with `milvus_cert`
     and `milvus_key` the client shows who it is. Raises RetrievalError when a file is not there.
-    Clients of one address and token share a connection within a process, whatever their files.
     """
     return MilvusClient(
         settings.milvus,
         token=settings.milvus_token,
         timeout=CONNECT_TIMEOUT_S,
+        dedicated=True,  # else it shares what is open to this address, whatever certificates say
         **tls_arguments(settings),
     )
 
