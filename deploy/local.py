@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from deploy.beside import run_beside
 from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
@@ -23,27 +22,6 @@ from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, RetrievalError
-
-COMMAND_STOP_S = 5.0
-"""What a `--run` command gets between SIGTERM and SIGKILL."""
-
-
-def _run_beside(server: Server, args: Sequence[str]) -> int:
-    """Run a command that finds the address in its environment; its exit code as a shell's."""
-    try:
-        process = subprocess.Popen(args, env=os.environ | {"RETRIEVAL_TRITON": server.grpc_address})
-    except OSError as exc:
-        raise DeployError(f"--run {args[0]}: {exc.strerror}; give a program that starts") from exc
-    try:
-        code = process.wait()
-    finally:
-        process.terminate()
-        try:
-            process.wait(COMMAND_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return code if code >= 0 else 128 - code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,7 +75,8 @@ def main() -> None:
             _announce(server)
             with supervised(server, args.hung_s) as supervisor:
                 if args.run:
-                    raise SystemExit(_run_beside(server, args.run))
+                    address = {"RETRIEVAL_TRITON": server.grpc_address}
+                    raise SystemExit(run_beside(args.run, address))
                 supervisor.wait()
     except Stopped as exc:
         print("stopped", file=sys.stderr)

@@ -22,7 +22,10 @@ TELLING = re.compile(r"^E\d{4}|^error|UNAVAILABLE")
 class LastWords:
     """Passes the server's log on, without the noise, and keeps its end for error messages."""
 
-    def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], log: IO[str], telling: re.Pattern[str] = TELLING
+    ) -> None:
+        self._tells = telling.search
         self._telling: deque[str] = deque(maxlen=20)
         self._raw: deque[str] = deque(maxlen=20)
         self._pump = threading.Thread(target=self._run, args=(process, log), daemon=True)
@@ -35,7 +38,7 @@ class LastWords:
                 if HARMLESS.search(line):
                     continue
                 self._raw.append(line)
-                if TELLING.search(line):
+                if self._tells(line):
                     self._telling.append(line)
                 with contextlib.suppress(ValueError):  # the log was closed first: drop the rest
                     print(line, end="", file=log, flush=True)

@@ -6,26 +6,33 @@ Everything binds to loopback on free ports and is stopped at the end of the sess
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pymilvus import MilvusClient
 from rich.console import Console
 
 from deploy.demo import REAL_CATALOG
+from deploy.milvus import MilvusServer, namespace
+from deploy.milvus import milvus_server as start_milvus
 from deploy.server import Server
 from deploy.server import triton as start_triton
 from export.publish import publish
 from retrieval_client import Catalog, Encoder, ProductRow, Settings
+from retrieval_contract.errors import DeployError
 from retrieval_contract.release import Release
 from towers.checkpoint import SHIPPED, load_make
 from towers.make import Make
 
 ROOT = Path(__file__).parent.parent
+NAMES = (f"t{number:04}" for number in itertools.count())
+"""Each is used once: Milvus's server clears what was dropped away in its own time."""
 
 
 def left_out() -> Iterator[tuple[str, str, str]]:
@@ -42,11 +49,10 @@ def left_out() -> Iterator[tuple[str, str, str]]:
         f"no test drives {engine}" if engine else "no container engine here",
         "build and run them as the head of the Dockerfile says",
     )
-    yield (
-        "a Milvus server",
-        "the tests use Milvus Lite, which needs no service",
-        "run `retrieval push` and `retrieval search` with RETRIEVAL_MILVUS=http://host:19530",
-    )
+    try:
+        namespace()
+    except DeployError as exc:
+        yield "the Milvus server", str(exc), "allow that, and run the tests again"
     if not REAL_CATALOG.is_dir():
         place = os.path.relpath(REAL_CATALOG, ROOT)
         yield "the real product catalog", f"{place} is not there", "put it there"
@@ -85,6 +91,66 @@ def triton(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     log_path = tmp_path_factory.mktemp("triton") / "server.log"
     with log_path.open("w") as log, start_triton(release_folder, log=log) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """The real Milvus server, for all tests: use a collection name of your own, and kill it not.
+
+    Skips where this machine has no network namespaces; `left_out` says so, too.
+    """
+    try:
+        namespace()
+    except DeployError as exc:
+        pytest.skip(str(exc))
+    place = tmp_path_factory.mktemp("milvus")
+    # A server that gets no processor for its lease ends itself: here nobody waits for one to end.
+    with (
+        (place / "server.log").open("w") as log,
+        start_milvus(place / "data", log=log, session_ttl_s=120) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="module", params=["lite", "server"])
+def backend(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], Settings]]:
+    """Gives empty places for catalogs, as many as asked for: on Milvus Lite, then on the server.
+
+    A collection costs the server three seconds to make: share one where the test allows it.
+    """
+    server: MilvusServer | None = None
+    if request.param == "server":
+        server = request.getfixturevalue("milvus_server")
+    made: list[Settings] = []
+
+    def place() -> Settings:
+        """With a name of its own; one of Milvus Lite is a folder that is not there yet."""
+        uri = server.uri if server else str(tmp_path_factory.mktemp("lite") / "deep" / "catalog.db")
+        made.append(Settings(milvus=uri, collection=f"products_{next(NAMES)}"))
+        return made[-1]
+
+    yield place
+    for settings in made if server else ():
+        drop_all(settings)
+
+
+@pytest.fixture
+def milvus(backend: Callable[[], Settings]) -> Settings:
+    """An empty place for one catalog, on Milvus Lite and on the server."""
+    return backend()
+
+
+def drop_all(settings: Settings) -> None:
+    """Aliases and collections whose names begin with the settings' one."""
+    client = MilvusClient(settings.milvus, token=settings.milvus_token)
+    for name in client.list_collections():
+        if name.startswith(settings.collection):
+            for alias in client.list_aliases(name)["aliases"]:
+                client.drop_alias(alias)
+            client.drop_collection(name)
+    client.close()
 
 
 @pytest.fixture

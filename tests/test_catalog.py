@@ -1,4 +1,4 @@
-"""The catalog on real Milvus Lite: schema, ids as they come, refusals that lose nothing."""
+"""The catalog on Milvus Lite and on the server: schema, ids as they come, nothing lost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from pymilvus import DataType, MilvusClient
 
 from retrieval_client import Catalog, Collection, Settings
+from retrieval_client.capabilities import Feature
 from retrieval_client.collection import check_id, id_filter
 from retrieval_contract import models
 from retrieval_contract.errors import (
@@ -45,27 +47,49 @@ HOSTILE_IDS = [
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Settings:
-    return Settings(milvus=str(tmp_path / "deep" / "catalog.db"))
+def store(milvus: Settings) -> Settings:
+    """An empty place, for what needs one of its own."""
+    return milvus
 
 
 @pytest.fixture
-def stored(store: Settings):
+def lite(tmp_path: Path) -> Settings:
+    """For what a server has not: a folder, and one process that may use it."""
+    return Settings(milvus=str(tmp_path / "deep" / "catalog.db"))
+
+
+@pytest.fixture(scope="module")
+def shared(backend: Callable[[], Settings]) -> Settings:
+    """A place with a prepared collection, for tests that change nothing but its rows."""
+    settings = backend()
+    with Catalog(settings) as connected:
+        connected.prepare(RELEASE, DIM)
+    return settings
+
+
+@pytest.fixture
+def stored(shared: Settings) -> Iterator[Collection]:
     """An empty collection behind the alias."""
-    with Catalog(store) as connected:
-        yield connected.prepare(RELEASE, DIM)
+    with Catalog(shared) as connected:
+        collection = connected.prepare(RELEASE, DIM)
+        connected.milvus.client.delete(collection.name, filter='id != ""')
+        assert collection.count() == 0
+        yield collection
 
 
 def hashes(stored: Collection, ids: list[str]) -> dict[str, str]:
     return {i: row["content_hash"] for i, row in stored.of_ids(ids, ["content_hash"]).items()}
 
 
-def test_the_collection_is_the_contracts(stored: Collection, store: Settings) -> None:
+def test_the_collection_is_the_contracts(stored: Collection, shared: Settings) -> None:
     info = stored.info
-    assert (info.name, info.release_id, info.vector_dim) == (f"products_{RELEASE}", RELEASE, DIM)
-    found = MilvusClient(store.milvus).describe_collection("products")
+    name = f"{shared.collection}_{RELEASE}"
+    assert (info.name, info.release_id, info.vector_dim) == (name, RELEASE, DIM)
+    found = MilvusClient(shared.milvus).describe_collection(shared.collection)
     assert [(f["name"], f["type"].name) for f in found["fields"]] == [
-        (f.name, f.kind) for f in models.PRODUCTS.fields
+        (f.name, f.kind)
+        for f in models.PRODUCTS.fields
+        if not f.words_of or Feature.BM25 in stored.milvus.backend.features
     ]
     assert found["properties"]["release_id"] == RELEASE
 
@@ -133,25 +157,28 @@ def test_vectors_of_another_size_are_refused(stored: Collection) -> None:
 
 @pytest.mark.parametrize(("release", "dim"), [("other", DIM), (RELEASE, DIM + 1)])
 def test_another_release_or_size_is_refused_and_nothing_is_lost(
-    stored: Collection, store: Settings, release: str, dim: int
+    stored: Collection, shared: Settings, release: str, dim: int
 ) -> None:
     stored.upsert([product_row("a", DIM)])
     mismatch = pytest.raises(ReleaseMismatch, match="serve the collection's release")
-    with Catalog(store) as other, mismatch:
+    with Catalog(shared) as other, mismatch:
         other.prepare(release, dim)
     assert stored.count() == 1
 
 
 def test_somebody_elses_collection_is_refused_and_left_alone(store: Settings) -> None:
-    Path(store.milvus).parent.mkdir(parents=True)
+    if store.milvus.endswith(".db"):
+        Path(store.milvus).parent.mkdir(parents=True)
     client = MilvusClient(store.milvus)
     schema = client.create_schema()
     schema.add_field("pk", DataType.INT64, is_primary=True)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=4)
-    client.create_collection("products", schema=schema)
+    index = client.prepare_index_params()
+    index.add_index("embedding", index_type="FLAT", metric_type="COSINE")
+    client.create_collection(store.collection, schema=schema, index_params=index)
     with Catalog(store) as catalog, pytest.raises(ReleaseMismatch, match="release unknown"):
         catalog.prepare(RELEASE, DIM)
-    assert len(client.describe_collection("products")["fields"]) == 2
+    assert len(client.describe_collection(store.collection)["fields"]) == 2
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -160,32 +187,38 @@ def test_an_interrupted_creation_is_finished(store: Settings, index: bool) -> No
     with Catalog(store) as catalog:
         catalog.prepare(RELEASE, DIM)
         client = MilvusClient(store.milvus)
-        client.drop_alias("products")
+        client.drop_alias(store.collection)
         if not index:
-            client.release_collection(f"products_{RELEASE}")
-            client.drop_index(f"products_{RELEASE}", "vector")
-            assert "vector" not in client.list_indexes(f"products_{RELEASE}")
+            name = f"{store.collection}_{RELEASE}"
+            client.release_collection(name)
+            client.drop_index(name, "vector")
+            assert "vector" not in client.list_indexes(name)
         assert catalog.find() is None
         stored = catalog.prepare(RELEASE, DIM)
         stored.upsert([product_row("a", DIM)])
+        assert stored.count() == 1, "and searches of a server see what a count has seen"
         assert stored.search(np.eye(1, DIM, dtype=np.float32))[0][0].id == "a"
 
 
 def test_rows_go_where_they_were_prepared_for_when_the_alias_moves(
-    stored: Collection, store: Settings
+    stored: Collection, shared: Settings
 ) -> None:
-    other = models.PRODUCTS.name("feedfacefeedface", "other")
-    with Catalog(dataclasses.replace(store, collection="other")) as second:
+    alias = f"{shared.collection}_other"
+    client = MilvusClient(shared.milvus)
+    with Catalog(dataclasses.replace(shared, collection=alias)) as second:
         others = second.prepare("feedfacefeedface", DIM)
-        MilvusClient(store.milvus).alter_alias(other, "products")
-        stored.upsert([product_row("a", DIM)])
-        assert (stored.count(), others.count()) == (1, 0)
+        client.alter_alias(models.PRODUCTS.name("feedfacefeedface", alias), shared.collection)
+        try:
+            stored.upsert([product_row("a", DIM)])
+            assert (stored.count(), others.count()) == (1, 0)
+        finally:
+            client.alter_alias(f"{shared.collection}_{RELEASE}", shared.collection)
 
 
-def test_reading_makes_no_store(store: Settings) -> None:
-    with Catalog(store) as catalog, pytest.raises(CollectionGone, match="retrieval push"):
+def test_reading_makes_no_store(lite: Settings) -> None:
+    with Catalog(lite) as catalog, pytest.raises(CollectionGone, match="retrieval push"):
         catalog.serving()
-    assert not Path(store.milvus).exists()
+    assert not Path(lite.milvus).exists()
 
 
 def test_limits_are_checked(stored: Collection) -> None:
@@ -202,10 +235,10 @@ def test_a_server_that_is_down_is_said_in_time() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_a_store_held_by_another_process_is_said(store: Settings, tmp_path: Path) -> None:
+def test_a_store_held_by_another_process_is_said(lite: Settings, tmp_path: Path) -> None:
     script = (
         "import sys; from retrieval_client import Catalog, Settings; "
-        f"c = Catalog(Settings(milvus={store.milvus!r})); c.prepare({RELEASE!r}, {DIM}); "
+        f"c = Catalog(Settings(milvus={lite.milvus!r})); c.prepare({RELEASE!r}, {DIM}); "
         "print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -214,12 +247,12 @@ def test_a_store_held_by_another_process_is_said(store: Settings, tmp_path: Path
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with Catalog(store) as catalog, pytest.raises(CatalogUnavailable, match="may hold it"):
+        with Catalog(lite) as catalog, pytest.raises(CatalogUnavailable, match="may hold it"):
             catalog.serving()
     finally:
         holder.kill()
         holder.wait()
-    with Catalog(store) as catalog:
+    with Catalog(lite) as catalog:
         assert catalog.serving().count() == 0, "the lock went with its process"
 
 
@@ -237,7 +270,8 @@ def test_a_path_that_is_no_catalog_is_said(tmp_path: Path) -> None:
 def test_what_was_written_survives_the_process(store: Settings) -> None:
     script = (
         "from tests.conftest import product_row; from retrieval_client import Catalog, Settings; "
-        f"c = Catalog(Settings(milvus={store.milvus!r})).prepare({RELEASE!r}, {DIM}); "
+        f"c = Catalog(Settings(milvus={store.milvus!r}, collection={store.collection!r})); "
+        f"c = c.prepare({RELEASE!r}, {DIM}); "
         f"c.upsert([product_row(str(i), {DIM}, i) for i in range(50)]); "
         "import os; os.kill(os.getpid(), 9)"
     )

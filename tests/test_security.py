@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,28 +16,9 @@ from deploy.server import Server, triton
 from retrieval_client import Encoder, RetrievalError, Settings
 from retrieval_client.channel import channel_to
 from retrieval_contract.errors import DeployError, ServerUnavailable
+from tests.certificates import authority, certificate
 
 KEY = "a-key-of-the-test"
-
-
-def openssl(*arguments: str, cwd: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
-
-
-def certificate(folder: Path, name: str, authority: str) -> None:
-    """`name`.pem and `name`.key for 127.0.0.1, signed by `authority`."""
-    openssl(
-        *("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr"),
-        *("-subj", f"/CN={name}"),
-        cwd=folder,
-    )
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
-    openssl(
-        *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem"),
-        *("-CAkey", f"{authority}.key", "-CAcreateserial", "-days", "2", "-extfile", "names"),
-        *("-out", f"{name}.pem"),
-        cwd=folder,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +26,8 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Certificates of our authority for server and client, and a stranger's."""
     assert shutil.which("openssl"), "the certificates of this test are made by openssl"
     folder = tmp_path_factory.mktemp("papers")
-    for authority in ("ours", "theirs"):
-        openssl(
-            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-keyout", f"{authority}.key", "-out", f"{authority}.pem"),
-            *("-subj", f"/CN={authority}"),
-            cwd=folder,
-        )
+    for name in ("ours", "theirs"):
+        authority(folder, name)
     certificate(folder, "server", "ours")
     certificate(folder, "client", "ours")
     certificate(folder, "stranger", "theirs")

@@ -107,7 +107,8 @@ class Catalog:
             properties,
         )
         collection = Collection(self.milvus, info)
-        collection.load(deadline)
+        if info.release_id:  # else it is somebody else's, and not for us to load
+            collection.load(deadline)
         return collection
 
     def serving(

@@ -10,12 +10,10 @@ from pathlib import Path
 from pymilvus import MilvusClient
 
 from retrieval_client.capabilities import Backend
+from retrieval_client.connect import milvus_client
 from retrieval_client.settings import Settings
 from retrieval_client.translate import milvus_errors
 from retrieval_contract.errors import CatalogUnavailable
-
-CONNECT_TIMEOUT_S = 2.0
-"""Of the constructor; pymilvus also reconnects with it while a server is away."""
 
 
 class Milvus:
@@ -67,9 +65,8 @@ class Milvus:
             return self._client
 
     def _open(self) -> MilvusClient:
-        token = self._settings.milvus_token
         try:
-            return MilvusClient(self.uri, token=token, timeout=CONNECT_TIMEOUT_S)
+            return milvus_client(self._settings)
         except Exception as exc:
             if self.lite:  # one message of pymilvus covers every cause
                 raise CatalogUnavailable(

@@ -32,7 +32,9 @@ class Settings:
     Deadlines are in seconds and cover one call; `retry_s` is how long a push goes on trying
     while a server is away. `traffic` is "interactive", or "bulk" for what may wait.
     `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and `tls_key` say who we are,
-    `tls_name` is the server's name where its address is not it.
+    `tls_name` is the server's name where its address is not it. `milvus_ca`, `milvus_cert`,
+    `milvus_key` and `milvus_name` are the same for a Milvus server, `milvus_token` is
+    `user:password` or an API key.
     """
 
     triton: str = "127.0.0.1:8001"
@@ -47,6 +49,10 @@ class Settings:
     tls_cert: str = ""
     tls_key: str = ""
     tls_name: str = ""
+    milvus_ca: str = ""
+    milvus_cert: str = ""
+    milvus_key: str = ""
+    milvus_name: str = ""
 
     @property
     def replicas(self) -> tuple[str, ...]:

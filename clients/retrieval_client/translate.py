@@ -60,6 +60,7 @@ MILVUS_UNAVAILABLE = {2, 101}
 MILVUS_GONE = {100, 1600}
 MILVUS_GRPC_UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 MILVUS_NEXT_STEP = "see that it runs and that the address and token are right (--milvus)"
+MILVUS_TOKEN_STEP = "give `user:password`, or a key, as RETRIEVAL_MILVUS_TOKEN"
 
 
 @contextmanager
@@ -87,11 +88,16 @@ def milvus_errors(uri: str, what: str) -> Iterator[None]:
         if exc.code in MILVUS_GONE:
             raise CollectionGone(f"Milvus at {uri}, {what}: {exc.message}") from exc
         away = exc.code in MILVUS_UNAVAILABLE
-        raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}") from exc
+        raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}", exc.__cause__) from exc
     except grpc.RpcError as exc:
         away = exc.code() in MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.details()}") from exc
 
 
-def _milvus(away: bool, message: str) -> CatalogError:
+def _milvus(away: bool, message: str, cause: BaseException | None = None) -> CatalogError:
+    """A wrong token looks to pymilvus like a dead server: `cause` is what gRPC said."""
+    if isinstance(cause, grpc.RpcError):
+        message = f"{message} ({cause.details()})"
+        if cause.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return CatalogError(f"{message}; {MILVUS_TOKEN_STEP}")
     return CatalogUnavailable(f"{message}; {MILVUS_NEXT_STEP}") if away else CatalogError(message)
