@@ -16,7 +16,7 @@ from pymilvus import DataType, MilvusClient
 
 from retrieval_client import Catalog, Collection, Settings
 from retrieval_client.capabilities import Feature
-from retrieval_client.collection import check_id, id_filter
+from retrieval_client.collection import Ask, check_id, id_filter
 from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogUnavailable,
@@ -100,7 +100,7 @@ def test_rows_come_back_and_upserting_replaces(stored: Collection) -> None:
     )
     stored.upsert([row, product_row("b", DIM, 2)])
     stored.flush()
-    (hits,) = stored.search(row.vector[None], limit=5, thumbnails=True)
+    (hits,) = stored.search(row.vector[None], Ask(5, thumbnails=True))
     assert [h.id for h in hits] == ["a", "b"]
     assert hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert (hits[0].title, hits[0].attributes, hits[0].thumbnail) == (
@@ -224,7 +224,7 @@ def test_reading_makes_no_store(lite: Settings) -> None:
 def test_limits_are_checked(stored: Collection) -> None:
     for limit in (0, 20_000):
         with pytest.raises(ContractError, match="limit: expected 1 to 16384"):
-            stored.search(np.zeros((1, DIM), np.float32), limit=limit)
+            stored.search(np.zeros((1, DIM), np.float32), Ask(limit))
 
 
 def test_a_server_that_is_down_is_said_in_time() -> None:
@@ -280,5 +280,5 @@ def test_what_was_written_survives_the_process(store: Settings) -> None:
         stored = catalog.serving()
         assert stored.info.release_id == RELEASE
         assert stored.count() == 50
-        (hits,) = stored.search(product_row("7", DIM, 7).vector[None], limit=1)
+        (hits,) = stored.search(product_row("7", DIM, 7).vector[None], Ask(1))
     assert hits[0].id == "7"

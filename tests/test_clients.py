@@ -16,6 +16,7 @@ from PIL import Image
 
 from deploy.server import triton
 from retrieval_client import Catalog, Encoder, Encoders, ProductSearch, RetrievalError, Settings
+from retrieval_client.collection import Ask
 from retrieval_client.push import Push, PushReport
 from retrieval_client.sources import Source, SourceRow
 from retrieval_contract.errors import (
@@ -142,7 +143,7 @@ def test_stored_vectors_are_the_encoders(settings: Settings, encoder: Encoder) -
     push(settings, good_rows())
     expected = encoder.encode_products([TITLES[3]], [photo((3, 90, 200))]).vector(0)
     with Catalog(settings) as catalog:
-        ((hit,),) = catalog.serving().search(expected[None], limit=1)
+        ((hit,),) = catalog.serving().search(expected[None], Ask(1))
     assert hit.id == "p3"
     assert hit.score == pytest.approx(1.0, abs=1e-5)
 

@@ -61,6 +61,22 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What is asked of each vector; equal ones may be asked together.
+
+    `condition` is in Milvus's language (`where.Where.expression`).
+    """
+
+    limit: int = 10
+    condition: str = ""
+    thumbnails: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.limit <= MAX_RESULTS:
+            raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {self.limit}")
+
+
+@dataclass(frozen=True)
 class CollectionInfo:
     """A collection as it describes itself."""
 
@@ -189,24 +205,18 @@ class Collection:
         return int(row["count(*)"])
 
     def search(
-        self,
-        vectors: Array,
-        *,
-        limit: int = 10,
-        thumbnails: bool = False,
-        deadline: Deadline | None = None,
+        self, vectors: Array, ask: Ask | None = None, deadline: Deadline | None = None
     ) -> list[list[Hit]]:
-        """The `limit` nearest products of each vector, float32 (queries, vector_dim)."""
-        if not 1 <= limit <= MAX_RESULTS:
-            raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {limit}")
-        deadline = deadline or Deadline(self.milvus.timeout_s)
-        fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * thumbnails
+        """The nearest products of each vector, float32 (queries, vector_dim), best first."""
+        ask, deadline = ask or Ask(), deadline or Deadline(self.milvus.timeout_s)
+        fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * ask.thumbnails
         with self.milvus.errors(f"search {self.name}"):
             found = self.milvus.client.search(
                 self.name,
                 list(np.ascontiguousarray(vectors, np.float32)),
                 anns_field=VECTOR.name,
-                limit=limit,
+                limit=ask.limit,
+                filter=ask.condition,
                 output_fields=fields,
                 consistency_level="Bounded",
                 timeout=deadline.left_s,

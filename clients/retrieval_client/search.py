@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from retrieval_client.catalog import INFO_TTL_S, Catalog
-from retrieval_client.collection import Collection, Hit
+from retrieval_client.collection import Ask, Collection, Hit
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
 from retrieval_client.fleet import Encoders
@@ -76,7 +76,7 @@ class ProductSearch:
     ) -> list[list[Hit] | ItemError]:
         """One result list a query, encoded and searched together; a bad query gets its error."""
         deadline = Deadline(timeout_s or self.settings.timeout_s)
-        return self._many(queries, limit, deadline, thumbnails, self._span)[0]
+        return self._many(queries, Ask(limit, thumbnails=thumbnails), deadline, self._span)[0]
 
     @property
     def encoder(self) -> Encoder:
@@ -97,15 +97,15 @@ class ProductSearch:
     ) -> tuple[list[list[Hit] | ItemError], Timed]:
         """As `many`, and where its time went; see `ledger.ledgers`."""
         laps, deadline = Laps(), Deadline(timeout_s or self.settings.timeout_s)
-        found, encoded = self._many(queries, limit, deadline, thumbnails, laps)
+        found, encoded = self._many(queries, Ask(limit, thumbnails=thumbnails), deadline, laps)
         return found, Timed(laps.seconds, encoded.requests)
 
     def _many(
-        self, queries: Sequence[str], limit: int, deadline: Deadline, thumbnails: bool, span: Span
+        self, queries: Sequence[str], ask: Ask, deadline: Deadline, span: Span
     ) -> tuple[list[list[Hit] | ItemError], Encoded]:
         with span("search"):
             try:
-                return self._once(queries, limit, deadline, thumbnails, span)
+                return self._once(queries, ask, deadline, span)
             except (ReleaseMismatch, CollectionGone, ServerUnavailable):
                 # A promotion, and then the old pair was cleared away: once more, with the new one.
                 before = self.catalog.find(max_age_s=INFO_TTL_S)
@@ -114,7 +114,7 @@ class ProductSearch:
                 now = self.catalog.find(deadline=deadline)
                 if not before or not now or before.info == now.info:
                     raise
-                return self._once(queries, limit, deadline, thumbnails, span)
+                return self._once(queries, ask, deadline, span)
 
     def _pair(self, deadline: Deadline) -> tuple[Encoder, Collection]:
         """What is searched, and who encodes for it."""
@@ -122,7 +122,7 @@ class ProductSearch:
         return self.encoders.for_collection(collection.info, deadline), collection
 
     def _once(
-        self, queries: Sequence[str], limit: int, deadline: Deadline, thumbnails: bool, span: Span
+        self, queries: Sequence[str], ask: Ask, deadline: Deadline, span: Span
     ) -> tuple[list[list[Hit] | ItemError], Encoded]:
         with span("encode"):
             encoder, collection = self._pair(deadline)
@@ -133,24 +133,21 @@ class ProductSearch:
                     f"{collection.info.release_id}, it serves {encoded.served.release_id} by now"
                 )
         with span("milvus"):
-            return self._hits(encoded, collection, limit, deadline, thumbnails), encoded
+            return self._hits(encoded, collection, ask, deadline), encoded
 
     def _hits(
         self,
         encoded: Encoded,
         collection: Collection,
-        limit: int,
+        ask: Ask,
         deadline: Deadline,
-        thumbnails: bool,
     ) -> list[list[Hit] | ItemError]:
         if deadline.passed:
             raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
         if good:
-            hits = collection.search(
-                encoded.vectors[good], limit=limit, thumbnails=thumbnails, deadline=deadline
-            )
+            hits = collection.search(encoded.vectors[good], ask, deadline)
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row
         return found
