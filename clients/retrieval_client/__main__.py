@@ -10,13 +10,13 @@ import json
 import logging
 import sys
 
-from retrieval_client.commands import push, search, status
+from retrieval_client.commands import audit, push, search, status
 from retrieval_client.commands.shared import EXIT_ERROR, console
 from retrieval_client.settings import Settings, traces_wanted
 from retrieval_client.tracing import export_spans
 from retrieval_contract.errors import RetrievalError
 
-GROUPS = (push, search, status)
+GROUPS = (push, audit, search, status)
 
 
 def parser() -> argparse.ArgumentParser:

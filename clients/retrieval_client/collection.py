@@ -30,7 +30,7 @@ ID, TITLE, CONTENT_HASH, ROW_HASH, BUCKET, ATTRIBUTES, THUMBNAIL, VECTOR, WORDS 
 )
 NORM_TOLERANCE = 1e-3
 MAX_RESULTS = 16384
-PASS_ROWS, PASS_BYTES = 8192, 32_000_000
+PASS_ROWS, PASS_BYTES = 16_000, 32_000_000
 """A step of a pass over all rows; a step costs Milvus Lite a look at every row."""
 LOADS = 4
 """Attempts to load: Milvus Lite may still be writing the file of an index that it reads."""

@@ -1,0 +1,214 @@
+"""Source and collections, compared row by row: what is not as the source says, and mending it.
+
+A pass over every stored row. The hashes tell what a row was made from; the vectors are looked at
+themselves, for a damaged file gives others without a word, and a sample is encoded again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retrieval_client.book import Book
+from retrieval_client.catalog import Catalog
+from retrieval_client.collection import (
+    CONTENT_HASH,
+    ID,
+    NORM_TOLERANCE,
+    ROW_HASH,
+    VECTOR,
+    Collection,
+)
+from retrieval_client.fleet import Encoders
+from retrieval_client.rows import Candidate, candidate_from_row, is_good_id
+from retrieval_client.sources import SourceRow
+from retrieval_contract.errors import ItemError
+
+EXAMPLES = 20
+LOWEST_COSINE = 0.999
+"""Between a stored vector and the same product encoded again: batches differ in the last bits."""
+KINDS = {
+    "missing": "in the source, not stored",
+    "surplus": "stored, not in the source",
+    "stale": "stored as the source no longer says",
+    "other_release": "a vector of another release",
+    "duplicate": "stored twice under one id",
+    "not_finite": "a vector with NaN or infinity",
+    "norm": "a vector that is not of length 1",
+    "differs": "encoded again it gives another vector (of the sample)",
+}
+ROTTEN = ("other_release", "duplicate", "not_finite", "norm", "differs")
+"""Deleted before a repair, for their hashes may be right."""
+
+
+@dataclass
+class Found:
+    """One collection's rows by what is wrong with them, one of KINDS; the first ids of each."""
+
+    collection: str
+    release_id: str
+    stored: int = 0
+    sampled: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    rotten: list[str] = field(default_factory=list)
+
+    def say(self, kind: str, product_id: str) -> None:
+        """One more."""
+        self.counts[kind] += 1
+        if len(some := self.examples.setdefault(kind, [])) < EXAMPLES:
+            some.append(product_id)
+        if kind in ROTTEN:
+            self.rotten.append(product_id)
+
+    @property
+    def clean(self) -> bool:
+        """Whether every row is as the source says."""
+        return not any(self.counts.values())
+
+
+@dataclass
+class AuditReport:
+    """What an audit found. `refused`: rows of the source that no collection can hold."""
+
+    read: int = 0
+    refused: int = 0
+    found: list[Found] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Of every live collection."""
+        return all(found.clean for found in self.found)
+
+
+class Audit:
+    """Compares one source with every live collection; only `mend` changes anything."""
+
+    def __init__(self, catalog: Catalog, *, thumbnails: bool = True) -> None:
+        self.catalog = catalog
+        self._thumbnails = thumbnails
+
+    def run(
+        self,
+        rows: Iterable[SourceRow],
+        encoders: Encoders | None = None,
+        *,
+        sample: int = 0,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> AuditReport:
+        """Reads the source once and each collection once.
+
+        With `encoders`, `sample` products, chosen at random, are encoded again.
+        """
+        report, chosen = AuditReport(), Reservoir(sample if encoders else 0)
+        with Book() as book:
+            for candidate in self._said(rows, report, book):
+                chosen.offer(candidate)
+                progress(report.read)
+            for collection in self.catalog.live().values():
+                found = self._compare(collection, book)
+                if encoders:
+                    encode_again(collection, encoders, chosen.items, found)
+                report.found.append(found)
+        return report
+
+    def mend(self, report: AuditReport) -> None:
+        """Delete what is rotten; a push with `sync` does the rest."""
+        for found, collection in zip(report.found, self.catalog.live().values(), strict=True):
+            for start in range(0, len(found.rotten), 512):
+                collection.delete(found.rotten[start : start + 512])
+
+    def _said(
+        self, rows: Iterable[SourceRow], report: AuditReport, book: Book
+    ) -> Iterator[Candidate]:
+        for row in rows:
+            report.read += 1
+            try:
+                candidate = candidate_from_row(row, self._thumbnails)
+            except ItemError:
+                report.refused += 1
+                if is_good_id(row.id):
+                    book.refuse(row.id)
+                continue
+            if book.say(candidate):
+                yield candidate
+            else:
+                report.refused += 1
+
+    def _compare(self, collection: Collection, book: Book) -> Found:
+        info = collection.info
+        found = Found(info.name, info.release_id)
+        book.empty(info.release_id)
+        for step in collection.every([CONTENT_HASH.name, ROW_HASH.name, VECTOR.name]):
+            found.stored += len(step)
+            for row in step:
+                if book.stored(info.release_id, row[ID.name]):
+                    found.say("duplicate", row[ID.name])
+                hashes = (row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name])
+                book.hold(info.release_id, [hashes])
+            look_at_vectors(step, found)
+        # A pass may show one row of an id where a count sees two.
+        hidden = collection.count() - found.stored
+        found.counts["duplicate"] += max(hidden, 0)
+        for product_id, kind in book.wrong(info.release_id):
+            found.say(kind, product_id)
+        for product_id in book.surplus(info.release_id):
+            found.say("surplus", product_id)
+        return found
+
+
+class Reservoir:
+    """So many items of a stream, each with the same chance (Vitter 1985, algorithm R)."""
+
+    def __init__(self, size: int) -> None:
+        self.items: list[Candidate] = []
+        self._size, self._offered = size, 0
+        self._random = random.Random(0)
+
+    def offer(self, item: Candidate) -> None:
+        """The next item of the stream."""
+        self._offered += 1
+        if len(self.items) < self._size:
+            self.items.append(item)
+        elif (place := self._random.randrange(self._offered)) < self._size:
+            self.items[place] = item
+
+
+def look_at_vectors(rows: list[dict[str, Any]], found: Found) -> None:
+    """Lengths and numbers of the vectors of some stored rows."""
+    vectors = np.asarray([row[VECTOR.name] for row in rows], np.float32)
+    finite = np.isfinite(vectors).all(axis=1)
+    norms = np.linalg.norm(np.nan_to_num(vectors, posinf=0, neginf=0), axis=1)
+    for at in np.flatnonzero(~finite):
+        found.say("not_finite", rows[at][ID.name])
+    for at in np.flatnonzero(np.logical_and(finite, np.abs(norms - 1) > NORM_TOLERANCE)):
+        found.say("norm", rows[at][ID.name])
+
+
+def encode_again(
+    collection: Collection, encoders: Encoders, sample: list[Candidate], found: Found
+) -> None:
+    """Products of the source against their stored vectors, those that are stored as it says."""
+    encoder = encoders.for_collection(collection.info)
+    fields = [CONTENT_HASH.name, VECTOR.name]
+    for start in range(0, len(sample), 32):
+        some = sample[start : start + 32]
+        stored: Mapping[str, dict[str, Any]] = collection.of_ids([c.id for c in some], fields)
+        some = [
+            c
+            for c in some
+            if stored.get(c.id, {}).get(CONTENT_HASH.name)
+            == c.content_hash(collection.info.release_id)
+        ]
+        if not some:
+            continue
+        encoded = encoder.encode_products([c.title for c in some], [c.image for c in some])
+        for candidate, vector, error in zip(some, encoded.vectors, encoded.errors, strict=True):
+            found.sampled += 1
+            cosine = float(np.dot(vector, stored[candidate.id][VECTOR.name]))
+            if error is None and not cosine >= LOWEST_COSINE:
+                found.say("differs", candidate.id)
