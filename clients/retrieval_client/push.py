@@ -241,6 +241,10 @@ class Push:
             except ServerBusy:
                 self.window.refused()
                 raise
+            except ReleaseMismatch:  # to an address that was silent came another release
+                self.encoders.forget()
+                feed.encoder = self.encoders.for_collection(feed.collection.info)
+                return feed.encoder.encode_products(titles, images, timeout_s=self.timeout_s)
 
         encoded = self._patiently(encode)
         if encoded.served.release_id != feed.release_id:
