@@ -36,5 +36,5 @@ class Exact:
         for best, hits in zip(self._best, found, strict=True):
             exact = best[np.isfinite(best)]
             wanted += len(exact)
-            got += sum(hit.score >= exact.min() - TIE for hit in hits) if len(exact) else 0
+            got += sum(bool(hit.score >= exact.min() - TIE) for hit in hits) if len(exact) else 0
         return got / wanted if wanted else 1.0

@@ -1,0 +1,103 @@
+"""Live queries are asked of the candidate as well, and nobody who searches need know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deploy.server import LOOPBACK, Server, choose_ports
+from retrieval_client import Encoders, ProductSearch, Settings
+from retrieval_client.catalog import Catalog, Role
+from retrieval_client.collection import Ask
+from retrieval_client.push import Push
+from retrieval_client.shadow import WAITING, Shadow
+from retrieval_client.sources import SourceRow
+from retrieval_contract.errors import RetrievalError
+from tests.conftest import product_row
+
+TITLES = ["red dress", "blue shirt", "white shoes", "green mug", "black watch"]
+
+
+@pytest.fixture
+def shadowed(settings: Settings) -> Settings:
+    """Every search; the candidate is the same release under another name, and lacks two products:
+    what serves was pushed, then put away beside an emptier one."""
+    settings = settings.override(shadow=100)
+    with Encoders(settings) as encoders, Catalog(settings) as catalog:
+        rows = [SourceRow(f"p{i}", title.encode()) for i, title in enumerate(TITLES)]
+        Push(settings, encoders, catalog).run(rows)
+        other = settings.override(collection="other")
+        with Catalog(other) as beside:
+            Push(other, encoders, beside).run(rows[:3])
+            catalog.point(beside.serving().name, Role.CANDIDATE)
+    return settings
+
+
+def test_overlap_and_times_are_reported(shadowed: Settings) -> None:
+    with ProductSearch(shadowed) as search:
+        for title in TITLES:
+            assert len(search(title)) == 5
+        report = search.shadow.report(wait_s=10)
+    assert (report.asked, report.answered, report.failed, report.left_out) == (5, 5, 0, 0)
+    assert report.overlap == pytest.approx(3 / 5)
+    assert report.latency_ratio is not None
+    assert report.latency_ratio > 0
+
+
+def test_the_command_line_says_it(shadowed: Settings) -> None:
+    flags = ["--triton", shadowed.triton, "--milvus", shadowed.milvus, "--json"]
+    command = [sys.executable, "-m", "retrieval_client", "search", *flags]
+    done = subprocess.run([*command, "--shadow", "100", *TITLES], capture_output=True, text=True)
+    said = json.loads(done.stdout)
+    assert len(said["searches"]) == len(TITLES)
+    assert (said["shadow"]["asked"], said["shadow"]["answered"]) == (1, 1), "one call, one search"
+
+
+def test_without_a_candidate_or_a_share_nothing_is_asked(shadowed: Settings) -> None:
+    with Catalog(shadowed) as catalog:
+        catalog.unpoint(Role.CANDIDATE)
+    with ProductSearch(shadowed) as search:
+        assert search("red dress")
+        report = search.shadow.report(wait_s=10)
+    assert (report.asked, report.left_out, report.overlap) == (1, 1, None)
+    with ProductSearch(shadowed.override(shadow=0)) as search:
+        assert search("red dress")
+        assert search.shadow.report().asked == 0
+    with pytest.raises(RetrievalError, match="shadow: expected a percentage"):
+        shadowed.override(shadow=101)
+
+
+def test_a_candidate_that_nobody_serves_costs_no_live_answer(
+    shadowed: Settings, triton: Server
+) -> None:
+    with Catalog(shadowed) as catalog:
+        strange = Catalog(shadowed.override(collection="strange"))
+        collection = strange.prepare("feedfacefeedface", 8)
+        collection.upsert([product_row("p0", 8)])
+        catalog.point(collection.name, Role.CANDIDATE)
+    with ProductSearch(shadowed) as search:
+        for title in TITLES:
+            assert len(search(title)) == 5
+        report = search.shadow.report(wait_s=10)
+    assert (report.asked, report.failed, report.answered) == (5, 5, 0)
+    assert "holds vectors of release feedfacefeedface" in report.last_error
+
+
+def test_a_candidate_that_hangs_holds_nobody_up(settings: Settings) -> None:
+    """An address that takes connections and says nothing is not needed: here Milvus is away."""
+    nobody = f"http://{LOOPBACK}:{choose_ports(LOOPBACK).grpc}"
+    shadow = Shadow(settings.override(shadow=100, milvus=nobody, timeout_s=1.0))
+    start = time.monotonic()
+    for _ in range(WAITING + 50):
+        shadow.offer(["red dress"], Ask(), [[]], 0.01)
+    assert time.monotonic() - start < 0.5
+    report = shadow.report(wait_s=3)
+    assert report.asked == WAITING + 50
+    assert report.left_out >= 40
+    assert report.failed >= 1
+    shadow.close()
+    assert time.monotonic() - start < 10
