@@ -64,8 +64,8 @@ def namespace() -> list[str]:
         said = tried.stderr.strip()
     raise DeployError(
         "Milvus: expected a network namespace of its own, since it listens on every interface and "
-        f"asks nobody who they are; got: {said}. Allow it (Docker: --cap-add SYS_ADMIN; Linux: "
-        "sysctl kernel.unprivileged_userns_clone=1), or use Milvus Lite"
+        f"asks nobody who they are; got: {said}. Allow it (Docker: --cap-add SYS_ADMIN; elsewhere: "
+        "user namespaces, or run as root), or use Milvus Lite"
     )
 
 
@@ -115,6 +115,7 @@ class MilvusServer:
         """Returns when every loaded collection answers a query; DeployError with its last words."""
         if self.running:
             raise DeployError(f"Milvus over {self.data} runs already; kill() it first")
+        self.pid = 0
         with locked(self.data) as lock, _listener(self.port) as listener:
             token = bool(self.access.milvus_token)
             configs = write_config(self.data, self.session_ttl_s, self.tls, token)
