@@ -180,6 +180,7 @@ class Collection:
         """A pass over all rows (under a condition), some thousand at a time."""
         weight = 4 * self.info.vector_dim if VECTOR.name in fields else 256
         rows = min(PASS_ROWS, PASS_BYTES // weight)
+        self.count()  # a pass over a server sees what a strongly consistent read has seen, no more
         with self.milvus.errors(f"read {self.name}"):
             steps = self.milvus.client.query_iterator(
                 self.name,

@@ -28,6 +28,8 @@ from retrieval_contract.tensors import Array
 
 WRITE_ROWS = 1024
 LOOK_UP_ROWS = 512
+SEAL_ROWS = 5000
+"""Milvus Lite compares a search with each row that is not sealed yet in Python, one by one."""
 DELETE_SHARE = 0.2
 """A source that lacks more than this share of what is stored is more likely cut short."""
 HASHES = [CONTENT_HASH.name, ROW_HASH.name]
@@ -80,7 +82,7 @@ class Feed:
         self.pending: list[Candidate] = []
         """Waiting to be encoded."""
         self._ready: list[ProductRow] = []
-        self._weight = 0
+        self._weight = self._unsealed = 0
         self._book, self._plan, self._patiently, self._whole = book, plan, patiently, whole
         if whole:
             self._read_all()
@@ -173,7 +175,11 @@ class Feed:
         count = len(self._ready)
         self._patiently(lambda: self.collection.upsert(self._ready))
         self.fed.stored += count
+        self._unsealed += count
         self._ready, self._weight = [], 0
+        if self._unsealed >= SEAL_ROWS and self.collection.milvus.lite:
+            self._patiently(self.collection.flush)
+            self._unsealed = 0
         return count
 
     def finish(self) -> None:
