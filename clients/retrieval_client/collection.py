@@ -211,7 +211,7 @@ class Collection:
         """The nearest products of each vector, float32 (queries, vector_dim), best first."""
         ask, deadline = ask or Ask(), deadline or Deadline(self.milvus.timeout_s)
         fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * ask.thumbnails
-        with self.milvus.errors(f"search {self.name}"):
+        with self.milvus.errors(f"search {self.name}", deadline):
             found = self.milvus.client.search(
                 self.name,
                 list(np.ascontiguousarray(vectors, np.float32)),

@@ -11,6 +11,7 @@ from pymilvus import MilvusClient
 
 from retrieval_client.capabilities import Backend
 from retrieval_client.connect import milvus_client
+from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import milvus_errors
 from retrieval_contract.errors import CatalogUnavailable
@@ -51,9 +52,9 @@ class Milvus:
         if self.lite:
             Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
 
-    def errors(self, what: str) -> AbstractContextManager[None]:
-        """Inside: calls for the purpose `what`; their errors become ours."""
-        return milvus_errors(self.uri, what)
+    def errors(self, what: str, deadline: Deadline | None = None) -> AbstractContextManager[None]:
+        """Inside: calls for the purpose `what`; their errors become ours (`milvus_errors`)."""
+        return milvus_errors(self.uri, what, deadline)
 
     @property
     def client(self) -> MilvusClient:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import grpc
 from pymilvus.exceptions import MilvusException
 
+from retrieval_client.deadline import Deadline
 from retrieval_contract.door import Refusal
 from retrieval_contract.errors import (
     AccessDenied,
@@ -78,8 +79,11 @@ def triton_errors(address: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def milvus_errors(uri: str, what: str) -> Iterator[None]:
-    """Inside: pymilvus calls to `uri` for the purpose `what`. Both of its error kinds come out."""
+def milvus_errors(uri: str, what: str, deadline: Deadline | None = None) -> Iterator[None]:
+    """Inside: pymilvus calls to `uri` for the purpose `what`. Both of its error kinds come out.
+
+    With a deadline: DeadlineExceeded where Milvus was there and did not answer in time.
+    """
     try:
         yield
     except RetrievalError:
@@ -87,9 +91,14 @@ def milvus_errors(uri: str, what: str) -> Iterator[None]:
     except MilvusException as exc:
         if exc.code in MILVUS_GONE:
             raise CollectionGone(f"Milvus at {uri}, {what}: {exc.message}") from exc
-        away = exc.code in MILVUS_UNAVAILABLE
+        away = exc.code in MILVUS_UNAVAILABLE | MILVUS_GRPC_UNAVAILABLE  # it passes codes on
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}", exc.__cause__) from exc
     except grpc.RpcError as exc:
+        if deadline and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DeadlineExceeded(
+                f"Milvus at {uri}, {what}: no answer within {deadline.seconds} s; "
+                f"{NEXT_STEP[DeadlineExceeded]}"
+            ) from exc
         away = exc.code() in MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.details()}") from exc
 
