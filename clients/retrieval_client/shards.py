@@ -10,11 +10,12 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -89,8 +90,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """In one step, in place of an earlier one."""
-        with whole_file(folder / MANIFEST) as path:
-            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        with whole_file(folder, MANIFEST) as file:
+            file.path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -146,35 +147,55 @@ def shards_there(folder: Path, release_id: str, number: int) -> list[Path]:
     return sorted(folder.glob(shard_name(release_id, number, "*")))
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, that becomes `path` when the block ends well, and is gone otherwise.
+@dataclass
+class Unfinished:
+    """A file that is being written at `path`; it appears as `name`."""
 
-    On disk before it gets its name: no crash leaves half a file under it.
+    path: Path
+    name: str
+
+
+@contextmanager
+def whole_file(folder: Path, name: str = "") -> Iterator[Unfinished]:
+    """A file that appears under its name when the block ends well, and is gone otherwise.
+
+    On disk before it gets its name: no crash leaves half a file under it. The block may say the
+    name as late as at its end.
     """
-    unfinished = path.with_name(f".{uuid4().hex}{UNFINISHED}")
+    file = Unfinished(folder / f".{uuid4().hex}{UNFINISHED}", name)
     try:
-        yield unfinished
-        for place, end in ((unfinished, path), (path.parent, None)):
-            handle = os.open(place, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            if end:
-                place.rename(end)
+        yield file
+        _sync(file.path)
+        file.path.rename(folder / file.name)
+        _sync(folder)
     finally:
-        unfinished.unlink(missing_ok=True)
+        file.path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class ShardWriter:
     """Rows into the row groups of one file that is not finished."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(
-            file, SCHEMA, compression="zstd", write_page_checksum=True, store_schema=False
+            path, SCHEMA, compression="zstd", write_page_checksum=True, store_schema=False
         )
         self.rows = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._writer.close()
 
     def write(self, rows: Sequence[ProductRow]) -> None:
         """One row group."""
@@ -187,11 +208,10 @@ class ShardWriter:
         self._writer.write_table(pa.table(columns, SCHEMA))
         self.rows += len(rows)
 
-    def finish(self, number: int, refused: dict[str, int]) -> None:
-        """The footer, with what the shard says of itself."""
+    def describe(self, number: int, refused: Mapping[str, int]) -> None:
+        """In the footer: what the shard says of itself."""
         said = json.dumps({"number": number, "refused": refused})
         self._writer.add_key_value_metadata({DESCRIBES.decode(): said})
-        self._writer.close()
 
 
 def describe_shard(path: Path) -> Shard:
