@@ -104,19 +104,7 @@ class Collection:
             return
         vectors = np.stack([row.vector for row in rows])
         check_vectors([row.id for row in rows], vectors, self.info.vector_dim)
-        stored = [
-            {
-                ID.name: row.id,
-                TITLE.name: row.title,
-                CONTENT_HASH.name: row.content_hash,
-                ROW_HASH.name: row.row_hash,
-                BUCKET.name: bucket_of(row.id),
-                ATTRIBUTES.name: dict(row.attributes),
-                THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
-                VECTOR.name: row.vector,
-            }
-            for row in rows
-        ]
+        stored = [stored_from_row(row) for row in rows]
         with self.milvus.errors(f"upsert {len(rows)} rows"):
             self.milvus.client.upsert(self.name, stored, timeout=self.milvus.write_timeout_s)
 
@@ -230,6 +218,20 @@ def field_parameters(declared: Field, vector_dim: int) -> dict[str, int | bool]:
     if declared.size:
         return {"dim": vector_dim}
     return {"max_length": declared.max_bytes} if declared.max_bytes else {}
+
+
+def stored_from_row(row: ProductRow) -> dict[str, Any]:
+    """Field → value, of every field that is written."""
+    return {
+        ID.name: row.id,
+        TITLE.name: row.title,
+        CONTENT_HASH.name: row.content_hash,
+        ROW_HASH.name: row.row_hash,
+        BUCKET.name: bucket_of(row.id),
+        ATTRIBUTES.name: dict(row.attributes),
+        THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
+        VECTOR.name: row.vector,
+    }
 
 
 def bucket_of(product_id: str) -> int:
