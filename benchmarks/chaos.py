@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks import faults, overload
 from benchmarks.fuzz import fuzz
+from benchmarks.promotions import every_promotion
 from benchmarks.soak import soak
 from benchmarks.workload import built_in_queries, queries_from_csv
 from deploy.rendered.catalog import write_rendered_catalog
@@ -85,6 +86,11 @@ ROWS: dict[str, Row] = {
         60,
         served(overload.beside_bulk),
         lambda counts: counts["p99_ratio"] <= 3 and not counts["failed"],
+    ),
+    "promotions": Row(
+        5000,
+        lambda house, size: every_promotion(size, house.log),
+        none_of("errors", "mixed"),
     ),
     "soak": Row(
         1200,

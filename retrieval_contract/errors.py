@@ -21,6 +21,7 @@ RetrievalError
     ├── CatalogUnavailable   nobody answers, or the collection is still loading
     ├── CollectionGone       what was asked of is not there (any more)
     ├── TooMuchToDelete      a source that lacks much of what is stored
+    ├── NotVerified          a release that nobody has verified as it is now
     └── Unsupported          this Milvus cannot do what was asked for
 
 Messages say what was expected, what was found, and what to do next.
@@ -144,6 +145,10 @@ class CollectionGone(CatalogError):
 
 class TooMuchToDelete(CatalogError):
     """A source lacks so much of what is stored that it looks cut short; nothing was deleted."""
+
+
+class NotVerified(CatalogError):
+    """A candidate was not verified, did not pass, or has changed since."""
 
 
 class Unsupported(CatalogError):

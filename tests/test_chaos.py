@@ -50,9 +50,10 @@ def test_a_short_row(name: str, release_folder: Path, tmp_path: Path) -> None:
 
 def test_every_row_says_what_it_did_and_can_fail() -> None:
     good = {"wrong": 0, "late_failures": 0, "failed": 0, "crashes": 0, "stalled": 0, "grew": []}
-    good |= {"goodput": 0.95, "hanging": 0, "p99_ratio": 1.5}
+    good |= {"goodput": 0.95, "hanging": 0, "p99_ratio": 1.5, "errors": 0, "mixed": 0}
     bad = {"wrong": 1, "late_failures": 1, "failed": 1, "crashes": 1, "stalled": 1}
     bad |= {"goodput": 0.5, "hanging": 1, "p99_ratio": 4.0, "grew": ["memory_bytes"]}
+    bad |= {"errors": 1, "mixed": 1}
     for row in ROWS.values():
         assert row.kept(good)
         assert not row.kept(bad)

@@ -10,13 +10,13 @@ import json
 import logging
 import sys
 
-from retrieval_client.commands import audit, bulk, push, search, status
+from retrieval_client.commands import audit, bulk, push, release, search, status
 from retrieval_client.commands.shared import EXIT_ERROR, console
 from retrieval_client.settings import Settings, traces_wanted
 from retrieval_client.tracing import export_spans
 from retrieval_contract.errors import RetrievalError
 
-GROUPS = (push, bulk, audit, search, status)
+GROUPS = (push, bulk, audit, search, release, status)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             collection=args.collection,
             timeout_s=args.timeout_s,
             retry_s=getattr(args, "retry_s", None),
+            shadow=getattr(args, "shadow", None),
         )
         code = args.run(args, settings)
     except RetrievalError as exc:

@@ -152,6 +152,25 @@ class Book:
             )
         )
 
+    def between(self, release_id: str, other: str) -> Iterator[tuple[str, str]]:
+        """Ids whose rows two collections do not share, each with "missing" (the first lacks it),
+        "surplus" (the second does) or "stale" (made from different source rows)."""
+        return iter(
+            self._db.execute(
+                """
+                SELECT theirs.id, CASE WHEN ours.id IS NULL THEN 'missing' ELSE 'stale' END
+                FROM stored AS theirs LEFT JOIN stored AS ours
+                    ON ours.release = ?1 AND ours.id = theirs.id
+                WHERE theirs.release = ?2
+                    AND (ours.id IS NULL OR ours.row_hash <> theirs.row_hash)
+                UNION ALL
+                SELECT id, 'surplus' FROM stored AS ours WHERE release = ?1 AND NOT EXISTS (
+                    SELECT 1 FROM stored WHERE release = ?2 AND id = ours.id)
+                """,
+                (release_id, other),
+            )
+        )
+
     def differences(self, release_id: str) -> Differences:
         """How many of each."""
         counts = {"missing": 0, "stale": 0, "other_release": 0}

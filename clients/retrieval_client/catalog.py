@@ -7,9 +7,11 @@ after it was promoted, `products_previous` is what can be gone back to. All that
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -35,6 +37,8 @@ INFO_TTL_S = 5.0
 """How long a search trusts what the alias pointed to; its answers are of one release all the same.
 
 A collection that was cleared away meanwhile is noticed at once."""
+
+LOOKS = 3
 
 
 class Role(StrEnum):
@@ -92,6 +96,12 @@ class Catalog:
             self._known.clear()
 
     def _look(self, alias: str, deadline: Deadline) -> Collection | None:
+        for _ in range(LOOKS):  # between two questions an alias may move, and a collection go
+            with suppress(CollectionGone):
+                return self._look_once(alias, deadline)
+        return None
+
+    def _look_once(self, alias: str, deadline: Deadline) -> Collection | None:
         if not self.milvus.exists:
             return None
         client = self.milvus.client
@@ -124,13 +134,40 @@ class Catalog:
         return found
 
     def live(self, *, max_age_s: float = 0.0) -> dict[Role, Collection]:
-        """All that a write must reach, each once."""
-        found: dict[Role, Collection] = {}
-        for role in Role:
-            collection = self.find(role, max_age_s=max_age_s)
-            if collection and collection.name not in {c.name for c in found.values()}:
-                found[role] = collection
-        return found
+        """All that a write must reach, each once.
+
+        Looked at until two looks agree: a collection that a promotion moves from one role to
+        another while the roles are asked for one by one would else be seen in neither.
+        """
+        found, before = self.roles(max_age_s=max_age_s), None
+        while (names := {role: each.name for role, each in found.items()}) != before:
+            found, before = self.roles(max_age_s=max_age_s), names
+        first = {name: role for role, name in reversed(names.items())}
+        return {role: each for role, each in found.items() if first[each.name] is role}
+
+    def roles(self, *, max_age_s: float = 0.0) -> dict[Role, Collection]:
+        """What each role means now; a collection has two while it is promoted."""
+        found = {role: self.find(role, max_age_s=max_age_s) for role in Role}
+        return {role: collection for role, collection in found.items() if collection}
+
+    def built(self) -> dict[str, str]:
+        """Every collection of this catalog, with a role or without, and its release."""
+        if not self.milvus.exists:
+            return {}
+        of_ours = re.compile(re.escape(models.PRODUCTS.name("", self.alias)) + "([0-9a-f]{16})")
+        with self.milvus.errors("list the collections"):
+            names = self.milvus.client.list_collections(timeout=self.milvus.write_timeout_s)
+        return {name: match[1] for name in sorted(names) if (match := of_ours.fullmatch(name))}
+
+    def of_name(self, name: str) -> Collection | None:
+        """A collection by its own name; None if there is none."""
+        return self._look(name, Deadline(self.milvus.write_timeout_s))
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Every alias of a collection, of whatever catalog."""
+        with self.milvus.errors(f"list the aliases of {name}"):
+            said = self.milvus.client.list_aliases(name, timeout=self.milvus.write_timeout_s)
+        return list(said["aliases"])
 
     def prepare(self, release_id: str, vector_dim: int, role: Role = Role.SERVING) -> Collection:
         """The collection of a role, made if there is none; ReleaseMismatch if it is another's."""
@@ -206,10 +243,11 @@ class Catalog:
             self.milvus.client.drop_alias(self.alias + role, timeout=self.milvus.write_timeout_s)
         self.forget()
 
-    def drop(self, collection: Collection) -> None:
-        """Delete a collection and its rows; its aliases must be gone."""
-        with self.milvus.errors(f"drop {collection.name}"):
-            self.milvus.client.drop_collection(collection.name, timeout=self.milvus.write_timeout_s)
+    def drop(self, collection: Collection | str) -> None:
+        """Delete a collection (or of a name) and its rows; its aliases must be gone."""
+        name = collection if isinstance(collection, str) else collection.name
+        with self.milvus.errors(f"drop {name}"):
+            self.milvus.client.drop_collection(name, timeout=self.milvus.write_timeout_s)
         self.forget()
 
 

@@ -11,18 +11,37 @@ import threading
 import time
 from types import TracebackType
 
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
 from retrieval_client.collection import CollectionInfo
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoder
 from retrieval_client.handshake import Served, describe
 from retrieval_client.replicas import Replicas
 from retrieval_client.settings import Settings
-from retrieval_contract.errors import ReleaseMismatch
+from retrieval_contract.errors import ContractError, ReleaseMismatch, RetrievalError
 
 SORTED_S = 5.0
 """How long an address that was silent when the others were sorted is left out."""
 LATELY_S = 0.5
 """A release that nobody served so long ago is not asked for again."""
+
+
+def described(
+    stub: GRPCInferenceServiceStub, address: str, deadline: Deadline
+) -> Served | ContractError:
+    """What one server serves, or why it is not for us: that must not stop the searches that others
+    can answer, such as those of the release before it."""
+    try:
+        one, *others = describe(stub, address, deadline)
+    except ContractError as exc:
+        return exc
+    if all(other == one for other in others):
+        return one
+    return ReleaseMismatch(
+        f"Triton at {address}: its ensembles are of different releases; serve one built release "
+        "folder"
+    )
 
 
 class Encoders:
@@ -35,8 +54,10 @@ class Encoders:
         self._replicas = Replicas(settings)
         self._by_release: dict[str, Encoder] = {}
         self._opened: dict[tuple[str, str], Encoder] = {}
+        self._release: dict[str, str] = {}
+        """What each address served when it last said so."""
         self._sorted, self._silent = float("-inf"), False
-        self._lock = threading.Lock()
+        self._lock, self._sorting = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Encoders:
         return self
@@ -59,8 +80,16 @@ class Encoders:
         """
         age_s = time.monotonic() - self._sorted
         found = self._by_release.get(release_id)
-        if found and not (self._silent and age_s > SORTED_S):
+        if found and not (self._silent and age_s > SORTED_S and self._sorting.acquire(False)):
             return found
+        if found:  # one asks who was silent, the others go on
+            try:
+                self.sort(deadline)
+            except RetrievalError:
+                return found  # whose own errors say more
+            finally:
+                self._sorting.release()
+            return self._by_release.get(release_id, found)
         by_release = self._by_release
         if not by_release or age_s > LATELY_S:
             by_release = self.sort(deadline)
@@ -92,22 +121,32 @@ class Encoders:
 
     def served(self, deadline: Deadline | None = None) -> dict[str, Served]:
         """Every release that is served now, by its id."""
-        by_release = self.sort(deadline)
-        return {release: encoder.served(deadline) for release, encoder in by_release.items()}
+        said = self._ask(deadline).values()
+        found = {each.release_id: each for each in said if isinstance(each, Served)}
+        if not found:
+            raise next(each for each in said if isinstance(each, ContractError))
+        return found
+
+    def _ask(self, deadline: Deadline | None) -> dict[str, Served | ContractError]:
+        return self._replicas.ask(described, deadline or Deadline(self.settings.timeout_s))
 
     def sort(self, deadline: Deadline | None = None) -> dict[str, Encoder]:
         """Ask every address what it serves; the encoders by release."""
-        answers = self._replicas.ask(describe, deadline or Deadline(self.settings.timeout_s))
+        answers = self._ask(deadline)
+        refused = [said for said in answers.values() if isinstance(said, ContractError)]
+        if len(refused) == len(answers):
+            raise refused[0]
         addresses: dict[str, list[str]] = {}
-        for address, (one, *others) in answers.items():
-            if any(other != one for other in others):
-                raise ReleaseMismatch(
-                    f"Triton at {address}: its ensembles are of different releases; serve one "
-                    "built release folder"
-                )
-            addresses.setdefault(one.release_id, []).append(address)
         with self._lock:
-            if len(addresses) == 1:  # who is silent now is taken for another replica
+            for address in self.settings.replicas:
+                said = answers.get(address)
+                if isinstance(said, Served):
+                    self._release[address] = said.release_id
+                elif said is not None:
+                    self._release.pop(address, None)
+                if address in self._release:  # the silent stay what they were
+                    addresses.setdefault(self._release[address], []).append(address)
+            if len(addresses) == 1 and not refused:  # who is silent is taken for another replica
                 addresses = {release: [self.settings.triton] for release in addresses}
             by_release = {
                 release: self._encoder(release, ",".join(several))

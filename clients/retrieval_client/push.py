@@ -219,7 +219,12 @@ class Push:
 
     def _encode(self, request: tuple[Feed, list[Candidate]]) -> Answer:
         feed, rows = request
-        encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
+        try:
+            encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
+        except ReleaseMismatch:  # to an address that was silent came another release
+            self.encoders.forget()
+            feed.encoder = self.encoders.for_collection(feed.collection.info)
+            encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
         pictures = [
             b"" if error else feed.thumbnail(row)
             for row, error in zip(rows, encoded.errors, strict=True)

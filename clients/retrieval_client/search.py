@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-from retrieval_client.catalog import INFO_TTL_S, Catalog
+from retrieval_client.catalog import Catalog
 from retrieval_client.collection import Ask, Collection, Hit
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
@@ -18,12 +18,14 @@ from retrieval_client.fleet import Encoders
 from retrieval_client.ledger import Laps, Timed
 from retrieval_client.searches import Searches
 from retrieval_client.settings import Settings
+from retrieval_client.shadow import Shadow
 from retrieval_client.tracing import Span, spans_of_application
 from retrieval_contract.errors import (
     CollectionGone,
     DeadlineExceeded,
     ItemError,
     ReleaseMismatch,
+    ServerBusy,
     ServerUnavailable,
 )
 
@@ -40,6 +42,7 @@ class ProductSearch:
         self.encoders = Encoders(settings, explain=explain)
         self.catalog = Catalog(settings)
         self.searches = Searches()
+        self.shadow = Shadow(settings)
         self._span = spans_of_application()
 
     def __enter__(self) -> ProductSearch:
@@ -48,6 +51,7 @@ class ProductSearch:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        self.shadow.close()
         self.encoders.close()
         self.catalog.close()
 
@@ -83,7 +87,8 @@ class ProductSearch:
     @property
     def encoder(self) -> Encoder:
         """Of the release that is searched now."""
-        return self._pair(Deadline(self.settings.timeout_s))[0]
+        deadline = Deadline(self.settings.timeout_s)
+        return self.encoders.for_collection(self.catalog.serving(deadline).info, deadline)
 
     def connect(self) -> None:
         """Both handshakes, now instead of with the first search; raises what that would."""
@@ -106,28 +111,32 @@ class ProductSearch:
         self, queries: Sequence[str], ask: Ask, deadline: Deadline, span: Span
     ) -> tuple[list[list[Hit] | ItemError], Encoded]:
         with span("search"):
+            collection = self.catalog.serving(deadline)
             try:
-                return self._once(queries, ask, deadline, span)
-            except (ReleaseMismatch, CollectionGone, ServerUnavailable):
-                # A promotion, and then the old pair was cleared away: once more, with the new one.
-                before = self.catalog.find(max_age_s=INFO_TTL_S)
-                self.catalog.forget()
-                self.encoders.forget()
-                now = self.catalog.find(deadline=deadline)
-                if not before or not now or before.info == now.info:
+                return self._once(queries, ask, collection, deadline, span)
+            except ServerBusy:
+                raise
+            except (ReleaseMismatch, CollectionGone, ServerUnavailable) as exc:
+                # A promotion, and then the old pair was cleared away; or a server of another
+                # release came to an address. Once more, with what is there now; compared with what
+                # this search used: another one may have looked meanwhile.
+                now = self.catalog.serving(deadline, max_age_s=0.0)
+                if isinstance(exc, ReleaseMismatch):
+                    self.encoders.forget()
+                elif now.info == collection.info:
                     raise
-                return self._once(queries, ask, deadline, span)
-
-    def _pair(self, deadline: Deadline) -> tuple[Encoder, Collection]:
-        """What is searched, and who encodes for it."""
-        collection = self.catalog.serving(deadline)
-        return self.encoders.for_collection(collection.info, deadline), collection
+                return self._once(queries, ask, now, deadline, span)
 
     def _once(
-        self, queries: Sequence[str], ask: Ask, deadline: Deadline, span: Span
+        self,
+        queries: Sequence[str],
+        ask: Ask,
+        collection: Collection,
+        deadline: Deadline,
+        span: Span,
     ) -> tuple[list[list[Hit] | ItemError], Encoded]:
         with span("encode"):
-            encoder, collection = self._pair(deadline)
+            encoder = self.encoders.for_collection(collection.info, deadline)
             encoded = encoder.encode_queries(queries, timeout_s=deadline.left_s)
             if encoded.served.release_id != collection.info.release_id:
                 raise ReleaseMismatch(
@@ -135,7 +144,9 @@ class ProductSearch:
                     f"{collection.info.release_id}, it serves {encoded.served.release_id} by now"
                 )
         with span("milvus"):
-            return self._hits(encoded, collection, ask, deadline), encoded
+            hits = self._hits(encoded, collection, ask, deadline)
+        self.shadow.offer(queries, ask, hits, deadline.seconds - deadline.left_s)
+        return hits, encoded
 
     def _hits(
         self,

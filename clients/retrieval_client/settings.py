@@ -52,7 +52,8 @@ class Settings:
     `tls_ca` (a PEM file) encrypts the way to Triton, `tls_cert` and `tls_key` say who we are,
     `tls_name` is the server's name where its address is not it. `milvus_ca`, `milvus_cert`,
     `milvus_key` and `milvus_name` are the same for a Milvus server, `milvus_token` is
-    `user:password` or an API key.
+    `user:password` or an API key. `shadow` is the percentage of searches that are asked of a
+    candidate release as well, in the background (`shadow.py`).
     """
 
     triton: str = "127.0.0.1:8001"
@@ -71,6 +72,7 @@ class Settings:
     milvus_cert: str = ""
     milvus_key: str = ""
     milvus_name: str = ""
+    shadow: int = 0
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -111,6 +113,8 @@ class Settings:
             raise RetrievalError(
                 f"traffic: expected one of {[*map(str, Lane)]}, got {self.traffic!r}"
             )
+        if not 0 <= self.shadow <= 100:
+            raise RetrievalError(f"shadow: expected a percentage, 0 to 100, got {self.shadow}")
         if not self.replicas:
             raise RetrievalError(
                 f"triton: expected host:port, or several with commas, got {self.triton!r}"

@@ -28,6 +28,9 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     search.add_argument("--limit", type=int, default=10)
     search.add_argument("--explain", action="store_true", help="say where the time went")
     search.add_argument("--image-out", type=picture_path, help="write the results as a picture")
+    search.add_argument(
+        "--shadow", type=int, metavar="PERCENT", help="ask the candidate release as well"
+    )
     search.set_defaults(run=run_search)
 
 
@@ -47,6 +50,7 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
             found, ledger = explained(search, args)
         else:
             found = search.many(args.queries, limit=args.limit, thumbnails=bool(args.image_out))
+        shadow = search.shadow.report(wait_s=settings.timeout_s) if settings.shadow else None
     answers = list(zip(args.queries, found, strict=True))
     good = {query: hits for query, hits in answers if not isinstance(hits, ItemError)}
     if args.image_out and good:
@@ -58,7 +62,9 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
             else {"query": query, "hits": [_hit_json(hit) for hit in hits]}
             for query, hits in answers
         ]
-        print(json.dumps({"searches": said, "ledger_ms": ledger} if args.explain else said))
+        more: dict[str, Any] = {"ledger_ms": ledger} if args.explain else {}
+        more |= {"shadow": asdict(shadow)} if shadow else {}
+        print(json.dumps({"searches": said, **more} if more else said))
     else:
         for query, hits in answers:
             if isinstance(hits, ItemError):
@@ -69,6 +75,9 @@ def run_search(args: argparse.Namespace, settings: Settings) -> int:
             console.print(f"picture: {args.image_out}", markup=False)
         if args.explain:
             Console().print(_ledger_table(ledger))
+        if shadow:
+            said_of_it = ", ".join(f"{name} {value}" for name, value in asdict(shadow).items())
+            console.print(f"candidate: {said_of_it}", markup=False, highlight=False)
     return 0 if len(good) == len(set(args.queries)) else EXIT_REFUSED
 
 
