@@ -37,15 +37,15 @@ class Counted(Collection):
     def __init__(self, of: Collection) -> None:
         super().__init__(of.milvus, of.info)
         self.calls: list[int] = []
-        self.gate = threading.Event()
-        self.gate.set()
+        self.passes = threading.Semaphore(1000)
+        """One is taken by each call."""
         self.most = 1000
 
     def search(
         self, vectors: Array, ask: Ask | None = None, deadline: Deadline | None = None
     ) -> Found:
         self.calls.append(len(vectors))
-        self.gate.wait(10)
+        assert self.passes.acquire(timeout=10)
         if len(vectors) > self.most:
             raise CatalogError("too large together")
         return super().search(vectors, ask, deadline)
@@ -118,19 +118,19 @@ def test_a_lone_caller_goes_at_once_and_alone(counted: Counted) -> None:
 
 def test_who_asks_something_else_does_not_travel_along(counted: Counted) -> None:
     searches = Searches()
-    counted.gate.clear()
+    counted.passes = threading.Semaphore(0)
     questions = [Ask(5), Ask(6), Ask(5, "bucket < 500"), Ask(5, thumbnails=True)]
     with ThreadPoolExecutor(4) as pool:
         calls = [asks(pool, searches, counted, vector_of(1), ask=ask) for ask in questions]
         until(lambda: len(counted.calls) == 4)
-        counted.gate.set()
+        counted.passes.release(20)
         found = [call.result()[0] for call in calls]
     assert list(map(len, found)) == [5, 6, 5, 5]
 
 
 def test_who_has_no_time_left_waits_no_longer_and_costs_nobody(counted: Counted) -> None:
     searches = Searches()
-    counted.gate.clear()
+    counted.passes = threading.Semaphore(0)
     with ThreadPoolExecutor(3) as pool:
         first = asks(pool, searches, counted, vector_of(1))
         until(lambda: counted.calls == [1])
@@ -140,7 +140,7 @@ def test_who_has_no_time_left_waits_no_longer_and_costs_nobody(counted: Counted)
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.2 s"):
             hasty.result()
         assert time.monotonic() - started < 2
-        counted.gate.set()
+        counted.passes.release(20)
         assert [call.result()[0][0].id for call in (first, patient)] == ["p1", "p3"]
 
 
@@ -168,16 +168,17 @@ def test_while_the_server_hangs_the_hasty_are_told_and_the_patient_answered(
         pytest.skip("Milvus Lite is in this process: it cannot hang while we do not")
     server: MilvusServer = request.getfixturevalue("milvus_server")
     counted, searches = Counted(filled), Searches()
-    counted.gate.clear()
+    counted.passes = threading.Semaphore(0)
     with ThreadPoolExecutor(4) as pool:
         first = asks(pool, searches, counted, vector_of(1))
         until(lambda: counted.calls == [1])
         hasty = asks(pool, searches, counted, vector_of(2), 1.0)
         patient = [asks(pool, searches, counted, vector_of(n)) for n in (3, 4)]
         until(lambda: waiting(searches) == 4)
-        counted.gate.set()
+        counted.passes.release()
         first.result()
         os.kill(server.pid, signal.SIGSTOP)
+        counted.passes.release(10)
         try:
             with pytest.raises(DeadlineExceeded):
                 hasty.result()
@@ -211,14 +212,14 @@ def test_an_error_of_the_question_is_theirs_who_ask_it(counted: Counted) -> None
 
 def test_what_fails_together_is_asked_in_smaller_company(counted: Counted) -> None:
     searches = Searches()
-    counted.gate.clear()
+    counted.passes = threading.Semaphore(0)
     counted.most = 2
     with ThreadPoolExecutor(8) as pool:
         first = asks(pool, searches, counted, vector_of(0))
         until(lambda: counted.calls == [1])
         others = [asks(pool, searches, counted, vector_of(n)) for n in range(1, 8)]
         until(lambda: waiting(searches) == 8)
-        counted.gate.set()
+        counted.passes.release(20)
         assert [call.result()[0][0].id for call in (first, *others)] == [f"p{n}" for n in range(8)]
     assert counted.calls[1] == 7
 
