@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,9 @@ INFO_TTL_S = 5.0
 """How long a search trusts what the alias pointed to; its answers are of one release all the same.
 
 A collection that was cleared away meanwhile is noticed at once."""
+
+LOOKS = 3
+"""At an alias that moves while it is looked at."""
 
 
 class Role(StrEnum):
@@ -94,11 +98,18 @@ class Catalog:
     def _look(self, alias: str, deadline: Deadline) -> Collection | None:
         if not self.milvus.exists:
             return None
+        for _ in range(LOOKS):
+            with suppress(CollectionGone):  # dropped between two questions: what is there now?
+                return self.milvus.within(
+                    deadline, f"look at {alias}", lambda: self._behind(alias, deadline)
+                )
+        return None  # an alias of a collection that is no more, as old servers keep them
+
+    def _behind(self, alias: str, deadline: Deadline) -> Collection | None:
         client = self.milvus.client
-        with self.milvus.errors(f"describe {alias}"):
-            if not client.has_collection(alias, timeout=deadline.left_s):
-                return None
-            found = client.describe_collection(alias, timeout=deadline.left_s)
+        if not client.has_collection(alias, timeout=deadline.left_s):
+            return None
+        found = client.describe_collection(alias, timeout=deadline.left_s)
         properties = found.get("properties", {})
         info = CollectionInfo(
             found["collection_name"],
@@ -194,10 +205,12 @@ class Catalog:
         """Let the role's alias mean this collection from now on, in one step."""
         alias, patience_s = self.alias + role, self.milvus.write_timeout_s
         client = self.milvus.client
-        with self.milvus.errors(f"alias {alias}"):  # there is no "create or alter"
-            there = client.has_collection(alias, timeout=patience_s)
-            point = client.alter_alias if there else client.create_alias
-            point(name, alias, timeout=patience_s)
+        try:  # there is no "create or alter"
+            with self.milvus.errors(f"alias {alias}"):
+                client.alter_alias(name, alias, timeout=patience_s)
+        except CollectionGone:
+            with self.milvus.errors(f"alias {alias}"):
+                client.create_alias(name, alias, timeout=patience_s)
         self.forget()
 
     def unpoint(self, role: Role) -> None:

@@ -106,6 +106,7 @@ class Push:
         self._feeds: dict[str, Feed] = {}
         self._looked = float("-inf")
         self._whole = True
+        self._nameless = 0
 
     def run(
         self,
@@ -129,6 +130,8 @@ class Push:
             self._stream(rows)
             for feed in self._feeds.values():
                 self.report.settled += feed.write()
+            for feed in self._feeds.values() if self.plan.sync else ():
+                feed.check_surplus(self._nameless)
             for feed in self._feeds.values():
                 feed.finish()
         progress(self.report)
@@ -179,21 +182,21 @@ class Push:
     def _stream(self, rows: Iterable[SourceRow]) -> None:
         """Encode and store, with as many requests under way as the window allows."""
         waiting: deque[tuple[Feed, Future[Answer]]] = deque()
-        with ThreadPoolExecutor(MOST) as pool:
-            try:
-                for feed, request in self._requests(rows):
-                    waiting.append((feed, pool.submit(self._encode, feed, request)))
-                    while len(waiting) > self.window.size:
-                        self._settle(*waiting.popleft())
-                while waiting:
+        pool = ThreadPoolExecutor(MOST, thread_name_prefix="push")
+        try:
+            for feed, request in self._requests(rows):
+                waiting.append((feed, pool.submit(self._encode, feed, request)))
+                while len(waiting) > self.window.size:
                     self._settle(*waiting.popleft())
-            except BaseException:
-                # Ctrl-C and errors must not wait for calls that are being repeated. What was
-                # encoded is stored by the next run.
-                self._patiently.stop()
-                for _, future in waiting:
-                    future.cancel()
-                raise
+            while waiting:
+                self._settle(*waiting.popleft())
+        except BaseException:
+            # Ctrl-C and errors wait for nobody: what is under way ends when the encoders are
+            # closed. What was encoded and not written is done again by the next run.
+            self._patiently.stop()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _requests(self, rows: Iterable[SourceRow]) -> Iterator[tuple[Feed, list[Candidate]]]:
         """Checked rows that have to be encoded, in requests."""
@@ -220,6 +223,7 @@ class Push:
             except ItemError as exc:
                 if is_good_id(row.id):
                     self._book.refuse(row.id)
+                self._nameless += not row.id
                 self._reject(row.name, exc)
             else:
                 yield candidate

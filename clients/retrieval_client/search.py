@@ -108,7 +108,7 @@ class ProductSearch:
                 return self._once(queries, ask, deadline, span)
             except (ReleaseMismatch, CollectionGone, ServerUnavailable):
                 # A promotion, and then the old pair was cleared away: once more, with the new one.
-                before = self.catalog.find(max_age_s=INFO_TTL_S)
+                before = self.catalog.find(max_age_s=INFO_TTL_S, deadline=deadline)
                 self.catalog.forget()
                 self.encoders.forget()
                 now = self.catalog.find(deadline=deadline)
