@@ -33,23 +33,23 @@ class Flow:
     ) -> Generator[Answer, None, None]:
         """The answers, in the order of the requests; `call` runs in threads of its own.
 
-        Close it when not all of it is wanted: Ctrl-C and errors must not wait for calls that are
-        being repeated.
+        Close it when not all of it is wanted.
         """
         waiting: deque[Future[Answer]] = deque()
-        with ThreadPoolExecutor(MOST) as pool:
-            try:
-                for request in requests:
-                    waiting.append(pool.submit(call, request))
-                    while len(waiting) > self.window.size:
-                        yield waiting.popleft().result()
-                while waiting:
+        pool = ThreadPoolExecutor(MOST, thread_name_prefix="encode")
+        try:
+            for request in requests:
+                waiting.append(pool.submit(call, request))
+                while len(waiting) > self.window.size:
                     yield waiting.popleft().result()
-            except BaseException:
-                self._patiently.stop()
-                for future in waiting:
-                    future.cancel()
-                raise
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException:
+            # Ctrl-C and errors wait for nobody: what is under way ends with the encoders.
+            self._patiently.stop()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def encode(self, encoder: Encoder, release_id: str, rows: Sequence[Candidate]) -> Encoded:
         """One request; ReleaseMismatch when another release answers than the one wanted."""

@@ -103,6 +103,7 @@ class Push:
         self._feeds: dict[str, Feed] = {}
         self._looked = float("-inf")
         self._whole = True
+        self._nameless = 0
 
     def run(
         self,
@@ -126,6 +127,8 @@ class Push:
             self._stream(rows)
             for feed in self._feeds.values():
                 self.report.settled += feed.write()
+            for feed in self._feeds.values() if self.plan.sync else ():
+                feed.check_surplus(self._nameless)
             for feed in self._feeds.values():
                 feed.finish()
         progress(self.report)
@@ -205,6 +208,7 @@ class Push:
             except ItemError as exc:
                 if is_good_id(row.id):
                     self._book.refuse(row.id)
+                self._nameless += not row.id
                 self._reject(row.name, exc)
             else:
                 yield candidate
