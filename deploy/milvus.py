@@ -44,6 +44,8 @@ SESSION_TTL_S = 10
 that gets no processor for so long ends itself."""
 ROOT_TOKEN = "root:Milvus"
 """Of a new server that asks for names."""
+NOTE = "/tmp/milvus/server_id_{}"
+"""All that it leaves outside its data folder, beside /run/milvus/standalone.pid."""
 TELLING = re.compile(r"^panic|^fatal error|\[(PANIC|FATAL)\]|Error: ")
 """Lines that say why it ended: Go prints the stack of every goroutine after them."""
 WAYS = ((), ("--map-root-user",))
@@ -64,8 +66,8 @@ def namespace() -> list[str]:
         said = tried.stderr.strip()
     raise DeployError(
         "Milvus: expected a network namespace of its own, since it listens on every interface and "
-        f"asks nobody who they are; got: {said}. Allow it (Docker: --cap-add SYS_ADMIN; Linux: "
-        "sysctl kernel.unprivileged_userns_clone=1), or use Milvus Lite"
+        f"asks nobody who they are; got: {said}. Allow it (Docker: --cap-add SYS_ADMIN; elsewhere: "
+        "user namespaces, or run as root), or use Milvus Lite"
     )
 
 
@@ -115,6 +117,7 @@ class MilvusServer:
         """Returns when every loaded collection answers a query; DeployError with its last words."""
         if self.running:
             raise DeployError(f"Milvus over {self.data} runs already; kill() it first")
+        self.pid = 0
         with locked(self.data) as lock, _listener(self.port) as listener:
             token = bool(self.access.milvus_token)
             configs = write_config(self.data, self.session_ttl_s, self.tls, token)
@@ -126,7 +129,12 @@ class MilvusServer:
             self._room = subprocess.Popen(
                 [*self.namespace, *room, *map(str, fds), str(INNER_PORT), *server],
                 cwd=self.data,
-                env={"PATH": os.environ["PATH"], **_environment(self.data, configs)},
+                # Not ours: it takes any variable for a setting that is spelled like one.
+                env={
+                    "PATH": os.environ["PATH"],
+                    "DEPLOY_MODE": "STANDALONE",
+                    "MILVUSCONF": str(configs),
+                },
                 stdin=subprocess.PIPE,  # its end tells them that we are gone
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -153,6 +161,8 @@ class MilvusServer:
         self.wait()
         assert self._room.stdin is not None
         self._room.stdin.close()
+        with contextlib.suppress(OSError):
+            Path(NOTE.format(self.pid)).unlink()
 
     def restart(self) -> None:
         """Kill it if it runs, and start it over the same data, on the same port."""
@@ -263,15 +273,6 @@ def _listener(port: int) -> socket.socket:
         ) from exc
     listener.listen()
     return listener
-
-
-def _environment(data: Path, configs: Path) -> dict[str, str]:
-    """All that it gets: it takes any variable for a setting that is spelled like one."""
-    return {
-        "DEPLOY_MODE": "STANDALONE",
-        "MILVUSCONF": str(configs),
-        "MILVUS_RUN_DIR": str(data / "run"),
-    }
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,11 +1,9 @@
-"""An audit finds every kind of wrong row, on both Milvuses, and a repair leaves the others alone."""
+"""An audit finds every kind of wrong row, on both Milvuses; a repair leaves the others alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +11,12 @@ import numpy as np
 import pytest
 
 from retrieval_client import Catalog, Collection, Encoders, ProductRow, Settings
+from retrieval_client.__main__ import main
 from retrieval_client.audit import KINDS, Audit
 from retrieval_client.push import Push
 from retrieval_client.rows import candidate_from_row
 from retrieval_client.sources import SourceRow
-from tests.conftest import photo, product_row
+from tests.conftest import product_row
 
 DIM, RELEASE = 8, "0123456789abcdef"
 
@@ -91,55 +90,55 @@ def test_rows_that_cannot_be_stored_are_neither_missing_nor_surplus(
     assert (report.refused, report.clean) == (3, True)
 
 
-def test_a_repair_makes_it_what_the_source_says(settings: Settings, tmp_path: Path) -> None:
+def test_a_repair_makes_it_what_the_source_says(settings: Settings, tmp_path: Path, capsys) -> None:
     """With the real encoder, through the command; what was right is not written again."""
     rows = source(40)
+    lines = [json.dumps({"id": row.id, "title": row.title.decode()}) for row in rows]
+    (tmp_path / "source.jsonl").write_text("\n".join(lines))
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
-        Push(settings, encoders, catalog).run([*rows, SourceRow("gone", image=photo())])
+        Push(settings, encoders, catalog).run([*rows, SourceRow("gone", b"a mug")])
         collection = catalog.serving()
         collection.delete(["p1"])
         wrong = encoders.for_collection(collection.info).encode_products(["a blue mug"], [b""])
-        put_unchecked(collection, "p2", wrong.vectors[0])  # a good vector, but of another product
-        report = Audit(catalog).run(rows, encoders, sample=40)
-    (found,) = report.found
-    assert found.sampled == 39
-    assert {k: v for k, v in found.counts.items() if v} == {
-        "missing": 1,
-        "surplus": 1,
-        "differs": 1,
-    }
-    lines = [json.dumps({"id": row.id, "title": row.title.decode()}) for row in rows]
-    (tmp_path / "source.jsonl").write_text("\n".join(lines))
-    done = audit(settings, tmp_path / "source.jsonl", "--repair", "--sample", "40", "--json")
-    said = json.loads(done.stdout)
-    assert (done.returncode, said["clean"], said["read"]) == (0, True, 40)
-    (before,), (after,) = said["before"], said["collections"]
-    assert (before["counts"], after["stored"]) == (found.counts, 40)
-    assert set(after["counts"]) == set(KINDS)
+        put_unchecked(collection, "p2", wrong.vectors[0])  # sound, but of another product
+        command = ("audit", tmp_path / "source.jsonl", "--sample", "40", "--json")
+        code, said, _ = retrieval(capsys, settings, *command)
+        (found,) = json.loads(said)["collections"]
+        wanted = {"missing": 1, "surplus": 1, "differs": 1}
+        assert (code, found["sampled"]) == (3, 39)
+        assert {kind: count for kind, count in found["counts"].items() if count} == wanted
+        code, said, _ = retrieval(capsys, settings, *command, "--repair")
+        (before,), (after,) = json.loads(said)["before"], json.loads(said)["collections"]
+        assert (code, json.loads(said)["clean"], after["stored"]) == (0, True, 40)
+        assert before == found
+        assert set(after["counts"]) == set(KINDS)
 
 
-def audit(settings: Settings, *args: object) -> subprocess.CompletedProcess[str]:
+def retrieval(capsys, settings: Settings, *args: object) -> tuple[int, str, str]:
+    """The command, in the one process that may open a folder of Milvus Lite."""
     where = ["--triton", settings.triton, "--milvus", settings.milvus]
-    command = [sys.executable, "-m", "retrieval_client", "audit", *map(str, args), *where]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, args), *where])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
 
 
 def test_the_command_says_what_is_wrong_and_changes_nothing(
-    settings: Settings, tmp_path: Path
+    settings: Settings, tmp_path: Path, capsys
 ) -> None:
+    (tmp_path / "source.csv").write_text("id,title\np0,red dress number 0\np5,a mug\n")
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
         Push(settings, encoders, catalog).run(source(3))
-    (tmp_path / "source.csv").write_text("id,title\np0,red dress number 0\np5,a mug\n")
-    done = audit(settings, tmp_path / "source.csv", "--no-thumbnails")
-    assert done.returncode == 3, done.stderr
-    for said in ("in the source, not stored", "stored, not in the source", "p5", "p1, p2"):
-        assert said in done.stdout
-    assert "--repair" in done.stderr
-    with Catalog(settings) as catalog:
+        code, said, err = retrieval(capsys, settings, "audit", tmp_path / "source.csv")
+        assert code == 3
+        for words in ("in the source, not stored", "stored, not in the source", "p5", "p1, p2"):
+            assert words in said
+        assert "--repair" in err
         assert catalog.serving().count() == 3
 
 
-def test_a_repair_needs_a_source_that_can_be_read_twice(settings: Settings) -> None:
-    done = audit(settings, "-", "--repair")
-    assert done.returncode == 1
-    assert "reads the source twice" in done.stderr
+def test_a_repair_needs_a_source_that_can_be_read_twice(settings: Settings, capsys) -> None:
+    code, _, err = retrieval(capsys, settings, "audit", "-", "--repair")
+    assert code == 1
+    assert "reads the source twice" in err

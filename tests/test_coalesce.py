@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import pytest
 
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
-from retrieval_contract.errors import DeadlineExceeded, RequestRefused
+from retrieval_contract.errors import DeadlineExceeded, RequestRefused, ServerUnavailable
 
 Send = Callable[[list[int], Deadline], Sequence[int]]
 
@@ -87,6 +88,46 @@ def test_the_impatient_do_not_cost_the_others() -> None:
             impatient.result()
         assert patient.result() == [6]
     assert send.sent == [[1], [2, 3], [3]]
+
+
+def test_a_stream_of_the_impatient_does_not_keep_the_patient_waiting() -> None:
+    merged, stop = Coalescer(Doubler(0.1), most=16), threading.Event()
+
+    def hurry(seconds: float) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(DeadlineExceeded):
+                ask(merged, [1], seconds)
+
+    with ThreadPoolExecutor(13) as pool:
+        hasty = [pool.submit(hurry, 0.04 + n / 200) for n in range(12)]
+        time.sleep(0.02)
+        try:
+            assert ask(merged, [2], 3.0) == [4]
+        finally:
+            stop.set()
+        for each in hasty:
+            each.result()
+
+
+def test_an_error_at_the_end_of_somebodys_time_is_not_everybodys() -> None:
+    """A server that is away is asked again until the time is up: whose time?"""
+
+    def send(items: list[int], deadline: Deadline) -> list[int]:
+        time.sleep(min(0.1, deadline.left_s))
+        if deadline.passed:
+            raise ServerUnavailable("away")
+        return items
+
+    merged: Coalescer[int, list[int]] = Coalescer(send, most=16)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.03)
+        patient = pool.submit(ask, merged, [2])
+        time.sleep(0.01)
+        hasty = pool.submit(ask, merged, [3], 0.12)
+        assert (first.result(), patient.result()) == ([1], [2])
+        with pytest.raises((ServerUnavailable, DeadlineExceeded)):
+            hasty.result()
 
 
 def test_an_error_is_everybodys_and_the_next_request_is_sent() -> None:

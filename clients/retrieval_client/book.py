@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from retrieval_client.rows import Candidate
+from retrieval_contract.errors import RetrievalError
 
 ON_DISK = ""
 """SQLite's name for a database in a temporary file that goes when it is closed."""
@@ -66,6 +67,11 @@ class Book:
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._db.close()
+        if isinstance(exc, sqlite3.Error):
+            raise RetrievalError(
+                f"push: its temporary file cannot be written ({exc}); free space there, or name "
+                "another folder as SQLITE_TMPDIR"
+            ) from exc
 
     def say(self, candidate: Candidate) -> bool:
         """The source has this row; False if an earlier one that was not refused has its id."""

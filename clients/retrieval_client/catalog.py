@@ -39,6 +39,7 @@ INFO_TTL_S = 5.0
 A collection that was cleared away meanwhile is noticed at once."""
 
 LOOKS = 3
+"""At an alias that moves while it is looked at."""
 
 
 class Role(StrEnum):
@@ -96,19 +97,20 @@ class Catalog:
             self._known.clear()
 
     def _look(self, alias: str, deadline: Deadline) -> Collection | None:
-        for _ in range(LOOKS):  # between two questions an alias may move, and a collection go
-            with suppress(CollectionGone):
-                return self._look_once(alias, deadline)
-        return None
-
-    def _look_once(self, alias: str, deadline: Deadline) -> Collection | None:
         if not self.milvus.exists:
             return None
+        for _ in range(LOOKS):
+            with suppress(CollectionGone):  # dropped between two questions: what is there now?
+                return self.milvus.within(
+                    deadline, f"look at {alias}", lambda: self._behind(alias, deadline)
+                )
+        return None  # an alias of a collection that is no more, as old servers keep them
+
+    def _behind(self, alias: str, deadline: Deadline) -> Collection | None:
         client = self.milvus.client
-        with self.milvus.errors(f"describe {alias}"):
-            if not client.has_collection(alias, timeout=deadline.left_s):
-                return None
-            found = client.describe_collection(alias, timeout=deadline.left_s)
+        if not client.has_collection(alias, timeout=deadline.left_s):
+            return None
+        found = client.describe_collection(alias, timeout=deadline.left_s)
         properties = found.get("properties", {})
         info = CollectionInfo(
             found["collection_name"],
@@ -231,10 +233,12 @@ class Catalog:
         """Let the role's alias mean this collection from now on, in one step."""
         alias, patience_s = self.alias + role, self.milvus.write_timeout_s
         client = self.milvus.client
-        with self.milvus.errors(f"alias {alias}"):  # there is no "create or alter"
-            there = client.has_collection(alias, timeout=patience_s)
-            point = client.alter_alias if there else client.create_alias
-            point(name, alias, timeout=patience_s)
+        try:  # there is no "create or alter"
+            with self.milvus.errors(f"alias {alias}"):
+                client.alter_alias(name, alias, timeout=patience_s)
+        except CollectionGone:
+            with self.milvus.errors(f"alias {alias}"):
+                client.create_alias(name, alias, timeout=patience_s)
         self.forget()
 
     def unpoint(self, role: Role) -> None:

@@ -48,6 +48,8 @@ class _Call(Generic[Item, Results]):
     results: Results | None = None
     error: RetrievalError | None = None
     leads: bool = False
+    cut: bool = False
+    """Whether a request was given up, for somebody else's deadline, before it answered this."""
     turn: threading.Lock = field(default_factory=taken)
     """Released when there is something to do: to lead, or to take what came."""
 
@@ -65,8 +67,11 @@ class Coalescer(Generic[Item, Results]):
     wait. Their senders are the callers themselves, so there is no thread to stop.
     """
 
-    def __init__(self, send: Callable[[list[Item], Deadline], Results], most: int) -> None:
-        self._send, self._most = send, most
+    def __init__(
+        self, send: Callable[[list[Item], Deadline], Results], most: int, *, refuse: bool = True
+    ) -> None:
+        """`refuse`: tell those who would wait too long so at once, as `__call__` says."""
+        self._send, self._most, self._refuse = send, most, refuse
         self._under_way = 0
         self._pace, self._last_answer = Pace(most), 0.0
         self._waiting: deque[_Call[Item, Results]] = deque()
@@ -81,7 +86,8 @@ class Coalescer(Generic[Item, Results]):
 
         Raises ServerBusy when those who wait would take more than its SHARE of the deadline.
         A request that fails fails for all its callers, but one that took too long for the most
-        impatient of them is sent again for those who have time.
+        impatient of them is sent again for those who have time, with nobody who has less than
+        half as much.
         """
         call: _Call[Item, Results] = _Call(items, deadline)
         with self._lock:
@@ -100,7 +106,7 @@ class Coalescer(Generic[Item, Results]):
 
     def _refuse_beyond(self, deadline: Deadline) -> None:
         wait = self._ahead * self._pace.seconds_per_row
-        if wait > deadline.left_s * SHARE:
+        if self._refuse and wait > deadline.left_s * SHARE:
             raise ServerBusy(
                 f"expected an answer within {deadline.seconds} s, got {self._ahead} texts of this "
                 f"client ahead, which take {wait:.3g} s; try again later, or serve with more"
@@ -133,24 +139,33 @@ class Coalescer(Generic[Item, Results]):
             self._shared = len(batch) > 1
         items = [item for call in batch for item in call.items]
         began, start = time.monotonic(), 0
+        first = min((call.deadline for call in batch), key=_ends)
         try:
-            results = self._send(items, min((call.deadline for call in batch), key=_left_s))
+            results = self._send(items, first)
             self._count(len(items), began)
             for call in batch:
                 call.results = results[start : start + len(call.items)]
                 start += len(call.items)
-        except DeadlineExceeded:
-            for call in batch:
-                if call.deadline.passed:
-                    call.error = _too_late(call)
         except RetrievalError as exc:
-            for call in batch:  # one exception that is raised in two threads mixes their traces
-                call.error = type(exc)(*exc.args)
+            self._fail(batch, exc, out_of_time=isinstance(exc, DeadlineExceeded) or first.passed)
         except BaseException as exc:  # an interrupt is this thread's own: the others go on
             mine.error = RetrievalError(f"interrupted: {exc!r}")
             raise
         finally:
             self._hand_on(batch, mine)
+
+    def _fail(
+        self, batch: list[_Call[Item, Results]], exc: RetrievalError, out_of_time: bool
+    ) -> None:
+        """An error that came with the end of somebody's time is not that of those who have some."""
+        for call in batch:
+            if isinstance(exc, DeadlineExceeded) and call.deadline.passed:
+                call.error = _too_late(call)
+            elif call.deadline.passed or not out_of_time:
+                # One exception that is raised in two threads mixes their traces.
+                call.error = type(exc)(*exc.args)
+            else:
+                call.cut = True
 
     def _count(self, rows: int, began: float) -> None:
         """Two requests that overlap are as fast as their answers follow each other."""
@@ -167,8 +182,16 @@ class Coalescer(Generic[Item, Results]):
             time.sleep(GATHER_STEP_S)
 
     def _take(self) -> list[_Call[Item, Results]]:
-        batch, count = [], 0
+        batch: list[_Call[Item, Results]] = []
+        count, now = 0, time.monotonic()
+        shortest, wanted = float("inf"), 0.0
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
+            left = _ends(self._waiting[0].deadline) - now
+            shortest = min(shortest, left)
+            if self._waiting[0].cut:
+                wanted = max(wanted, left / 2)
+            if batch and shortest < wanted:
+                break  # somebody would be cut short again
             batch.append(self._waiting.popleft())
             count += len(batch[-1].items)
         return batch
@@ -188,8 +211,8 @@ class Coalescer(Generic[Item, Results]):
                     call.turn.release()
 
 
-def _left_s(deadline: Deadline) -> float:
-    return deadline.left_s
+def _ends(deadline: Deadline) -> float:
+    return deadline.ends
 
 
 def _too_late(call: _Call[Item, Results]) -> DeadlineExceeded:

@@ -21,7 +21,13 @@ import numpy as np
 from retrieval_client.deadline import Deadline
 from retrieval_client.milvus import Milvus
 from retrieval_contract import models
-from retrieval_contract.errors import CatalogError, ContractError, ItemError, Reason
+from retrieval_contract.errors import (
+    CatalogError,
+    CatalogUnavailable,
+    ContractError,
+    ItemError,
+    Reason,
+)
 from retrieval_contract.models import Field
 from retrieval_contract.tensors import Array
 
@@ -104,19 +110,7 @@ class Collection:
             return
         vectors = np.stack([row.vector for row in rows])
         check_vectors([row.id for row in rows], vectors, self.info.vector_dim)
-        stored = [
-            {
-                ID.name: row.id,
-                TITLE.name: row.title,
-                CONTENT_HASH.name: row.content_hash,
-                ROW_HASH.name: row.row_hash,
-                BUCKET.name: bucket_of(row.id),
-                ATTRIBUTES.name: dict(row.attributes),
-                THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
-                VECTOR.name: row.vector,
-            }
-            for row in rows
-        ]
+        stored = [stored_from_row(row) for row in rows]
         with self.milvus.errors(f"upsert {len(rows)} rows"):
             self.milvus.client.upsert(self.name, stored, timeout=self.milvus.write_timeout_s)
 
@@ -144,8 +138,12 @@ class Collection:
                 with self.milvus.errors(f"load {self.name}"):
                     self.milvus.client.load_collection(self.name, timeout=deadline.left_s)
                 return
-            except CatalogError:
-                if not self.milvus.lite or attempt == LOADS or deadline.passed:
+            except CatalogUnavailable:
+                raise
+            except CatalogError as exc:
+                if deadline.passed:  # pymilvus has no code for that
+                    raise CatalogUnavailable(f"{exc}; wait until it is loaded") from exc
+                if not self.milvus.lite or attempt == LOADS:
                     raise
                 time.sleep(0.05 * attempt)
                 if attempt == LOADS - 1:
@@ -158,8 +156,10 @@ class Collection:
                 path.unlink()
 
     # ── reading ──────────────────────────────────────────────────────────────────────────
-    def query(self, condition: str, fields: list[str]) -> list[dict[str, Any]]:
-        """Rows under a condition, as they are now."""
+    def query(
+        self, condition: str, fields: list[str], limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows under a condition, as they are now; at most `limit`."""
         with self.milvus.errors(f"query {self.name}"):
             return list(
                 self.milvus.client.query(
@@ -168,6 +168,7 @@ class Collection:
                     output_fields=fields,
                     consistency_level="Strong",
                     timeout=self.milvus.write_timeout_s,
+                    **({"limit": limit} if limit else {}),
                 )
             )
 
@@ -177,31 +178,34 @@ class Collection:
         return {row[ID.name]: row for row in found}
 
     def every(self, fields: list[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
-        """A pass over all rows (under a condition), some thousand at a time."""
+        """A pass over all rows (under a condition), some thousand at a time, in no order.
+
+        By ranges of buckets: pymilvus's own iterator pastes the id where it stands into its next
+        filter as it is, so that a quote in an id ends the pass or bends it.
+        """
         weight = 4 * self.info.vector_dim if VECTOR.name in fields else 256
         rows = min(PASS_ROWS, PASS_BYTES // weight)
-        with self.milvus.errors(f"read {self.name}"):
-            steps = self.milvus.client.query_iterator(
-                self.name,
-                batch_size=rows,
-                filter=condition,
-                output_fields=[ID.name, *fields],
-                consistency_level="Strong",
-                timeout=self.milvus.write_timeout_s,
-            )
-        try:
-            while True:
-                with self.milvus.errors(f"read {self.name}"):
-                    batch = steps.next()
-                if not batch:
-                    return
-                yield list(batch)
-        finally:
-            steps.close()
+        whole = f"({condition}) and " if condition else ""
+        step = max(1, models.BUCKETS * rows // max(self.count(condition), 1))
+        todo = [(at, at + step) for at in range(0, models.BUCKETS, step)][::-1]
+        while todo:
+            low, high = todo.pop()
+            part = f"{whole}{BUCKET.name} >= {low} and {BUCKET.name} < {high}"
+            batch = self.query(part, [ID.name, *fields], limit=MAX_RESULTS)
+            if len(batch) < MAX_RESULTS:
+                yield batch
+            elif high - low > 1:  # it grew meanwhile
+                middle = (low + high) // 2
+                todo += [(middle, high), (low, middle)]
+            else:
+                raise CatalogError(
+                    f"{self.name}: expected fewer than {models.BUCKETS * MAX_RESULTS} rows, got "
+                    "more; spread them over several catalogs (--collection)"
+                )
 
-    def count(self) -> int:
+    def count(self, condition: str = "") -> int:
         """Rows that are there now, deletions and replacements taken into account."""
-        (row,) = self.query("", ["count(*)"])
+        (row,) = self.query(condition, ["count(*)"])
         return int(row["count(*)"])
 
     def search(
@@ -210,8 +214,9 @@ class Collection:
         """The nearest products of each vector, float32 (queries, vector_dim), best first."""
         ask, deadline = ask or Ask(), deadline or Deadline(self.milvus.timeout_s)
         fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * ask.thumbnails
-        with self.milvus.errors(f"search {self.name}"):
-            found = self.milvus.client.search(
+
+        def ask_milvus() -> Any:
+            return self.milvus.client.search(
                 self.name,
                 list(np.ascontiguousarray(vectors, np.float32)),
                 anns_field=VECTOR.name,
@@ -221,6 +226,8 @@ class Collection:
                 consistency_level="Bounded",
                 timeout=deadline.left_s,
             )
+
+        found = self.milvus.within(deadline, f"search {self.name}", ask_milvus)
         return [[hit_from_milvus(hit) for hit in hits] for hits in found]
 
 
@@ -229,6 +236,20 @@ def field_parameters(declared: Field, vector_dim: int) -> dict[str, int | bool]:
     if declared.size:
         return {"dim": vector_dim}
     return {"max_length": declared.max_bytes} if declared.max_bytes else {}
+
+
+def stored_from_row(row: ProductRow) -> dict[str, Any]:
+    """Field → value, of every field that is written."""
+    return {
+        ID.name: row.id,
+        TITLE.name: row.title,
+        CONTENT_HASH.name: row.content_hash,
+        ROW_HASH.name: row.row_hash,
+        BUCKET.name: bucket_of(row.id),
+        ATTRIBUTES.name: dict(row.attributes),
+        THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
+        VECTOR.name: row.vector,
+    }
 
 
 def bucket_of(product_id: str) -> int:

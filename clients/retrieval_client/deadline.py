@@ -13,14 +13,15 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self.ends = time.monotonic() + seconds
+        """On the clock of `time.monotonic`."""
 
     @property
     def left_s(self) -> float:
         """Seconds left, never less than SMALLEST_S."""
-        return max(self._end - time.monotonic(), SMALLEST_S)
+        return max(self.ends - time.monotonic(), SMALLEST_S)
 
     @property
     def passed(self) -> bool:
         """Whether nothing is left."""
-        return time.monotonic() >= self._end
+        return time.monotonic() >= self.ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +27,12 @@ from retrieval_client.rows import BATCH_BYTES, Candidate, thumbnail
 from retrieval_contract.errors import ContractError, TooMuchToDelete
 from retrieval_contract.tensors import Array
 
-WRITE_ROWS = 1024
+WRITE_ROWS, WRITE_S = 1024, 2.0
+"""What is encoded is written once there are so many rows, or once one has waited so long: a kill
+costs no more than that, however slow the encoder is."""
 LOOK_UP_ROWS = 512
+SEAL_ROWS = 5000
+"""Milvus Lite compares a search with each row that is not sealed yet in Python, one by one."""
 DELETE_SHARE = 0.2
 """A source that lacks more than this share of what is stored is more likely cut short."""
 HASHES = [CONTENT_HASH.name, ROW_HASH.name]
@@ -80,7 +85,8 @@ class Feed:
         self.pending: list[Candidate] = []
         """Waiting to be encoded."""
         self._ready: list[ProductRow] = []
-        self._weight = 0
+        self._weight = self._unsealed = 0
+        self._first = 0.0
         self._book, self._plan, self._patiently, self._whole = book, plan, patiently, whole
         if whole:
             self._read_all()
@@ -153,6 +159,8 @@ class Feed:
 
     def make_ready(self, row: Candidate, vector: Array, picture: bytes) -> int:
         """To be written, with others; returns how many rows were written now."""
+        if not self._ready:
+            self._first = time.monotonic()
         self._ready.append(
             ProductRow(
                 row.id,
@@ -166,6 +174,7 @@ class Feed:
         )
         self._weight += len(picture) + len(row.title) + len(json.dumps(row.attributes))
         full = len(self._ready) >= WRITE_ROWS or self._weight >= BATCH_BYTES
+        full = full or time.monotonic() - self._first >= WRITE_S
         return self.write() if full else 0
 
     def write(self) -> int:
@@ -173,14 +182,15 @@ class Feed:
         count = len(self._ready)
         self._patiently(lambda: self.collection.upsert(self._ready))
         self.fed.stored += count
+        self._unsealed += count
         self._ready, self._weight = [], 0
+        if self._unsealed >= SEAL_ROWS and self.collection.milvus.lite:
+            self._patiently(self.collection.flush)
+            self._unsealed = 0
         return count
 
     def finish(self) -> None:
-        """Delete what the source lacks, where that is the plan; flush, and see for ourselves.
-
-        Raises TooMuchToDelete before anything is deleted.
-        """
+        """Delete what the source lacks, where that is the plan; flush, and see for ourselves."""
         if self._plan.sync:
             self._delete_surplus()
         if not self._plan.dry and (self.fed.stored or self.fed.deleted):
@@ -188,18 +198,30 @@ class Feed:
             if not self.late:
                 self.fed.left = self._audit()
 
-    def _delete_surplus(self) -> None:
+    def check_surplus(self, nameless: int) -> None:
+        """TooMuchToDelete when a source looks cut short, or has rows of which the id is unknown."""
         held = self._book.held(self.release_id)
+        surplus = sum(1 for _ in self._book.surplus(self.release_id))
+        if self._plan.dry or self._plan.certain or not surplus:
+            return
+        if nameless:
+            raise TooMuchToDelete(
+                f"{self.collection.name}: expected a source whose ids can be read, got {nameless} "
+                f"rows without one, which may be any of the {surplus} that it seems to lack; "
+                "nothing was deleted: correct those rows, or say --yes"
+            )
+        if surplus > DELETE_SHARE * held:
+            raise TooMuchToDelete(
+                f"{self.collection.name}: expected a source that lacks at most {DELETE_SHARE:.0%} "
+                f"of the {held} rows stored, got one that lacks {surplus}; nothing was "
+                "deleted: see that the source is whole, then say --yes"
+            )
+
+    def _delete_surplus(self) -> None:
         surplus = list(self._book.surplus(self.release_id))
         if self._plan.dry:
             self.fed.deleted = len(surplus)
             return
-        if len(surplus) > DELETE_SHARE * held and not self._plan.certain:
-            raise TooMuchToDelete(
-                f"{self.collection.name}: expected a source that lacks at most {DELETE_SHARE:.0%} "
-                f"of the {held} rows stored, got one that lacks {len(surplus)}; nothing was "
-                "deleted: see that the source is whole, then say --yes"
-            )
         for start in range(0, len(surplus), LOOK_UP_ROWS):
             some = surplus[start : start + LOOK_UP_ROWS]
             self._patiently(partial(self.collection.delete, some))

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from pymilvus import MilvusClient
 
 from retrieval_client.capabilities import Backend
 from retrieval_client.connect import milvus_client
+from retrieval_client.deadline import Deadline
 from retrieval_client.settings import Settings
 from retrieval_client.translate import milvus_errors
-from retrieval_contract.errors import CatalogUnavailable
+from retrieval_contract.errors import CatalogUnavailable, DeadlineExceeded
+
+CALLS = 256
+"""Searches under way at once, of one connection."""
+T = TypeVar("T")
 
 
 class Milvus:
@@ -29,9 +38,11 @@ class Milvus:
         self._settings = settings
         self._opening = threading.Lock()
         self._client: MilvusClient | None = None
+        self._calls = ThreadPoolExecutor(CALLS, thread_name_prefix="milvus")
 
     def close(self) -> None:
         """Close the connection. Milvus Lite holds its lock until the process ends."""
+        self._calls.shutdown(wait=False, cancel_futures=True)
         if self._client:
             self._client.close()
             self._client = None
@@ -51,9 +62,28 @@ class Milvus:
         if self.lite:
             Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
 
-    def errors(self, what: str) -> AbstractContextManager[None]:
-        """Inside: calls for the purpose `what`; their errors become ours."""
-        return milvus_errors(self.uri, what)
+    def within(self, deadline: Deadline, what: str, call: Callable[[], T]) -> T:
+        """The result of calls for the purpose `what`; DeadlineExceeded at its end.
+
+        pymilvus keeps no deadline by itself while a server is away: it repeats the call, and
+        sleeps up to three seconds past its timeout. What is left behind here ends by then.
+        """
+
+        def asked() -> T:
+            with self.errors(what, deadline):
+                return call()
+
+        try:
+            return self._calls.submit(asked).result(deadline.left_s)
+        except Late as exc:
+            raise DeadlineExceeded(
+                f"Milvus at {self.uri}, {what}: no answer within {deadline.seconds:g} s; see that "
+                "it runs, or raise the deadline (--timeout-s)"
+            ) from exc
+
+    def errors(self, what: str, deadline: Deadline | None = None) -> AbstractContextManager[None]:
+        """Inside: calls for the purpose `what`; their errors become ours (`milvus_errors`)."""
+        return milvus_errors(self.uri, what, deadline)
 
     @property
     def client(self) -> MilvusClient:

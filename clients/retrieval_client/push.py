@@ -7,9 +7,9 @@ all; the next run asks the collection what it holds, and does what is left. Noth
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,21 +18,18 @@ from retrieval_client.catalog import Catalog
 from retrieval_client.encoder import Encoded
 from retrieval_client.feed import LOOK_UP_ROWS, Fed, Feed, Plan
 from retrieval_client.fleet import Encoders
+from retrieval_client.flow import REQUEST_ROWS, Flow
 from retrieval_client.patience import Patient
 from retrieval_client.rows import Candidate, Reject, batched, candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
-from retrieval_client.window import MOST, Window
 from retrieval_contract.errors import (
     CatalogError,
     ItemError,
     Reason,
     ReleaseMismatch,
-    ServerBusy,
 )
 
-REQUEST_ROWS = 32
-"""Products in one request: the batch that the product tower is tuned for."""
 PASS_SHARE = 0.25
 """A source of fewer rows than this share of the collection asks for its own; a larger one reads all
 that is there in one pass, which costs less a row."""
@@ -87,6 +84,7 @@ class PushReport:
 class Answer:
     """One encoded request; `pictures` are thumbnails."""
 
+    feed: Feed
     rows: list[Candidate]
     encoded: Encoded
     pictures: list[bytes]
@@ -99,13 +97,13 @@ class Push:
         self, settings: Settings, encoders: Encoders, catalog: Catalog, plan: Plan | None = None
     ) -> None:
         self.encoders, self.catalog, self.plan = encoders, catalog, plan or Plan()
-        self.timeout_s = settings.push_timeout_s
         self.report = PushReport()
-        self.window = Window()
         self._patiently = Patient(settings.retry_s)
+        self._flow = Flow(self._patiently, settings.push_timeout_s)
         self._feeds: dict[str, Feed] = {}
         self._looked = float("-inf")
         self._whole = True
+        self._nameless = 0
 
     def run(
         self,
@@ -129,6 +127,8 @@ class Push:
             self._stream(rows)
             for feed in self._feeds.values():
                 self.report.settled += feed.write()
+            for feed in self._feeds.values() if self.plan.sync else ():
+                feed.check_surplus(self._nameless)
             for feed in self._feeds.values():
                 feed.finish()
         progress(self.report)
@@ -178,22 +178,10 @@ class Push:
 
     def _stream(self, rows: Iterable[SourceRow]) -> None:
         """Encode and store, with as many requests under way as the window allows."""
-        waiting: deque[tuple[Feed, Future[Answer]]] = deque()
-        with ThreadPoolExecutor(MOST) as pool:
-            try:
-                for feed, request in self._requests(rows):
-                    waiting.append((feed, pool.submit(self._encode, feed, request)))
-                    while len(waiting) > self.window.size:
-                        self._settle(*waiting.popleft())
-                while waiting:
-                    self._settle(*waiting.popleft())
-            except BaseException:
-                # Ctrl-C and errors must not wait for calls that are being repeated. What was
-                # encoded is stored by the next run.
-                self._patiently.stop()
-                for _, future in waiting:
-                    future.cancel()
-                raise
+        answers = self._flow.in_order(self._requests(rows), self._encode)
+        with closing(answers):  # what was encoded and not settled is stored by the next run
+            for answer in answers:
+                self._settle(answer)
 
     def _requests(self, rows: Iterable[SourceRow]) -> Iterator[tuple[Feed, list[Candidate]]]:
         """Checked rows that have to be encoded, in requests."""
@@ -220,6 +208,7 @@ class Push:
             except ItemError as exc:
                 if is_good_id(row.id):
                     self._book.refuse(row.id)
+                self._nameless += not row.id
                 self._reject(row.name, exc)
             else:
                 yield candidate
@@ -232,35 +221,22 @@ class Push:
             self.report.rejects.append(reject)
         self._on_reject(reject)
 
-    def _encode(self, feed: Feed, rows: list[Candidate]) -> Answer:
-        titles, images = [row.title for row in rows], [row.image for row in rows]
-
-        def encode() -> Encoded:
-            try:
-                return feed.encoder.encode_products(titles, images, timeout_s=self.timeout_s)
-            except ServerBusy:
-                self.window.refused()
-                raise
-            except ReleaseMismatch:  # to an address that was silent came another release
-                self.encoders.forget()
-                feed.encoder = self.encoders.for_collection(feed.collection.info)
-                return feed.encoder.encode_products(titles, images, timeout_s=self.timeout_s)
-
-        encoded = self._patiently(encode)
-        if encoded.served.release_id != feed.release_id:
-            raise ReleaseMismatch(
-                f"push: the server changed from release {feed.release_id} to "
-                f"{encoded.served.release_id}; rows stored so far are of the first: push again"
-            )
-        self.window.answered(len(rows))
+    def _encode(self, request: tuple[Feed, list[Candidate]]) -> Answer:
+        feed, rows = request
+        try:
+            encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
+        except ReleaseMismatch:  # to an address that was silent came another release
+            self.encoders.forget()
+            feed.encoder = self.encoders.for_collection(feed.collection.info)
+            encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
         pictures = [
             b"" if error else feed.thumbnail(row)
             for row, error in zip(rows, encoded.errors, strict=True)
         ]
-        return Answer(rows, encoded, pictures)
+        return Answer(feed, rows, encoded, pictures)
 
-    def _settle(self, feed: Feed, done: Future[Answer]) -> None:
-        answer = done.result()
+    def _settle(self, answer: Answer) -> None:
+        feed = answer.feed
         for i, row in enumerate(answer.rows):
             if (error := answer.encoded.errors[i]) is not None:
                 self._book.take_back(row.id)

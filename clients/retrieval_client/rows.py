@@ -16,6 +16,10 @@ from retrieval_contract.preprocess import open_image, text_from_bytes
 
 THUMBNAIL_PX = (120, 160)
 MAX_ATTRIBUTE_BYTES = 60_000
+MAX_DEPTH = 64
+"""Of lists and objects in each other; JSON readers give up at different depths."""
+INTEGERS = range(-(2**63), 2**64)
+"""What JSON of Milvus holds."""
 MAX_TITLE_CHARS = 4000
 """Of the catalog; the release's own, lower bound is the server's to enforce."""
 BATCH_BYTES = 16_000_000
@@ -108,7 +112,21 @@ def _json_of(attributes: dict[str, Any]) -> str:
             Reason.BAD_ATTRIBUTES,
             f"expected at most {MAX_ATTRIBUTE_BYTES} bytes of JSON, got {size}",
         )
+    if problem := _unfit(attributes):
+        raise ItemError(Reason.BAD_ATTRIBUTES, problem)
     return text
+
+
+def _unfit(value: Any, depth: int = 0) -> str:
+    """Why Milvus would refuse a JSON value, and all the rows beside it; "" if it would not."""
+    if isinstance(value, int) and value not in INTEGERS:
+        return f"expected integers of 64 bits, got {str(value)[:40]}"
+    if not isinstance(value, dict | list):
+        return ""
+    if depth == MAX_DEPTH:
+        return f"expected at most {MAX_DEPTH} lists and objects in each other, got more"
+    inner = value.values() if isinstance(value, dict) else value
+    return next(filter(None, (_unfit(each, depth + 1) for each in inner)), "")
 
 
 def thumbnail(image: bytes) -> bytes:

@@ -16,6 +16,7 @@ from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
 from retrieval_client.fleet import Encoders
 from retrieval_client.ledger import Laps, Timed
+from retrieval_client.searches import Searches
 from retrieval_client.settings import Settings
 from retrieval_client.shadow import Shadow
 from retrieval_client.tracing import Span, spans_of_application
@@ -40,6 +41,7 @@ class ProductSearch:
         self.settings = settings
         self.encoders = Encoders(settings, explain=explain)
         self.catalog = Catalog(settings)
+        self.searches = Searches()
         self.shadow = Shadow(settings)
         self._span = spans_of_application()
 
@@ -158,7 +160,7 @@ class ProductSearch:
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
         if good:
-            hits = collection.search(encoded.vectors[good], ask, deadline)
+            hits = self.searches(collection, encoded.vectors[good], ask, deadline)
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row
         return found

@@ -23,6 +23,24 @@ def traces_wanted(environ: Mapping[str, str] = os.environ) -> bool:
     return not off and any(environ.get(name) for name in COLLECTORS)
 
 
+LOOPBACK = "127.0.0.1"
+
+
+def quiet_ray(token: str) -> None:
+    """For a Ray of our own, before it is imported: its switches are variables only.
+
+    It stays on loopback (which it calls "no clusters, as on Windows"), tells nobody of its use,
+    and lets in who knows the token, which it would else write into the home folder.
+    """
+    os.environ.update(
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=token,
+        RAY_BACKEND_LOG_LEVEL="fatal",  # else it writes errors that are none to our stderr
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """Addresses and deadlines. Each field is also `RETRIEVAL_<FIELD>` in the environment.

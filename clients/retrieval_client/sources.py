@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows numbered `start` + 1 to `stop`; of `ids_only` nothing but the id is wanted."""
+
+    start: int = 0
+    stop: int | None = None
+    ids_only: bool = False
+
+    def wanted(self, columns: Mapping[str, str]) -> Mapping[str, str]:
+        """Of the columns of a source."""
+        if not self.ids_only:
+            return columns
+        return {role: name for role, name in columns.items() if role == "id"}
+
+
+@dataclass(frozen=True)
 class Source:
     """A source that can be read again; `rows_expected` is None where only reading tells."""
 
@@ -98,11 +114,24 @@ class Source:
             return int(_open_parquet(table).metadata.num_rows)
         return sum(1 for _ in _image_files(self.path)) if self.path.is_dir() else None
 
-    def rows(self) -> Iterator[SourceRow]:
-        """Every row, in order; SourceError when the source as a whole cannot be read."""
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[SourceRow]:
+        """Every row, in order, or those numbered `start` + 1 to `stop` alone.
+
+        Raises SourceError when the source as a whole cannot be read. A part of Parquet is read
+        from the row group that it begins in, of other files from their beginning.
+        """
+        return self._read(Part(start, stop))
+
+    def ids(self) -> Iterator[tuple[int, str]]:
+        """The number of every row and its id, "" where it has none; no picture is read."""
+        if self.path == STDIN:
+            raise SourceError("expected a source that can be read twice, got stdin; give a file")
+        return ((row.number, row.id) for row in self._read(Part(ids_only=True)))
+
+    def _read(self, part: Part) -> Iterator[SourceRow]:
         path = self.path
         if path == STDIN:
-            return self._json_lines(sys.stdin.buffer, Path())
+            return self._json_lines(sys.stdin.buffer, Path(), part)
         if not path.exists():
             raise SourceError(
                 f"{path}: not found; expected a .parquet, .csv or .jsonl file, a "
@@ -110,30 +139,40 @@ class Source:
             )
         if path.is_dir():
             if (path / "products.parquet").is_file():
-                return self._data_folder()
-            return _image_folder(path)
+                return self._data_folder(part)
+            return _image_folder(path, part)
         readers = {".parquet": self._parquet, ".csv": self._csv, ".jsonl": self._jsonl}
         if path.suffix not in readers:
             raise SourceError(
                 f"{path}: expected {', '.join(readers)} or a folder, got "
                 f"'{path.suffix}'; convert it"
             )
-        return readers[path.suffix]()
+        return readers[path.suffix](part)
 
-    def _parquet(self) -> Iterator[SourceRow]:
-        header, records = _read_parquet(self.path)
-        columns = self.columns.find_in_header(self.path, header)
-        return _rows(records, columns, self.path.parent)
+    def _parquet(self, part: Part) -> Iterator[SourceRow]:
+        file = _open_parquet(self.path)
+        columns = self.columns.find_in_header(self.path, file.schema_arrow.names)
+        return _rows(_records(file, part, columns), columns, self.path.parent, part)
 
-    def _data_folder(self) -> Iterator[SourceRow]:
+    def _data_folder(self, part: Part) -> Iterator[SourceRow]:
         """`products.parquet`, with the pictures of `images.parquet` (same rows, same order)."""
         products, images = self.path / "products.parquet", self.path / "images.parquet"
-        header, records = _read_parquet(products)
-        if images.is_file():
-            more, pictures = _read_parquet(images)
-            records = self._paired(header, records, more, pictures)
-            header = [*header, *more]
-        return _rows(records, self.columns.find_in_header(products, header), self.path)
+        file = _open_parquet(products)
+        header = file.schema_arrow.names
+        more = _open_parquet(images) if images.is_file() else None
+        columns = self.columns.find_in_header(
+            products, [*header, *more.schema_arrow.names] if more else header
+        )
+        records = _records(file, part, self.columns.find(header))
+        if more and not part.ids_only:
+            if file.metadata.num_rows != more.metadata.num_rows:
+                raise SourceError(
+                    f"{self.path}: products.parquet and images.parquet differ in length; write "
+                    "both from the same rows"
+                )
+            pictures = _records(more, part, columns)
+            records = self._paired(header, records, more.schema_arrow.names, pictures, part)
+        return _rows(records, columns, self.path, part)
 
     def _paired(
         self,
@@ -141,6 +180,7 @@ class Source:
         records: Iterator[Record],
         more: list[str],
         pictures: Iterator[Record],
+        part: Part,
     ) -> Iterator[Record]:
         ours, theirs = (self.columns.find(names).get("id") for names in (header, more))
         if not ours or not theirs:
@@ -148,38 +188,33 @@ class Source:
                 f"{self.path}: expected an id column ({', '.join(self.columns.id)}) in "
                 f"products.parquet and images.parquet, got {header} and {more}"
             )
-        try:
-            for number, (one, other) in enumerate(zip(records, pictures, strict=True), start=1):
-                if one[ours] != other[theirs]:
-                    raise SourceError(
-                        f"{self.path}: row {number} is {one[ours]!r} in products.parquet and "
-                        f"{other[theirs]!r} in images.parquet; write both in one order"
-                    )
-                yield {**other, **one}
-        except ValueError as exc:
-            raise SourceError(
-                f"{self.path}: products.parquet and images.parquet differ in length; write both "
-                "from the same rows"
-            ) from exc
+        for number, (one, other) in enumerate(zip(records, pictures, strict=True), part.start + 1):
+            if one[ours] != other[theirs]:
+                raise SourceError(
+                    f"{self.path}: row {number} is {one[ours]!r} in products.parquet and "
+                    f"{other[theirs]!r} in images.parquet; write both in one order"
+                )
+            yield {**other, **one}
 
-    def _csv(self) -> Iterator[SourceRow]:
+    def _csv(self, part: Part) -> Iterator[SourceRow]:
         # Bytes that are not UTF-8 survive as surrogates, so that their row alone is refused.
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file)
             columns = self.columns.find_in_header(self.path, reader.fieldnames or [])
-            yield from _rows(_whole(reader), columns, self.path.parent)
+            records = islice(_whole(reader), part.start, part.stop)
+            yield from _rows(records, columns, self.path.parent, part)
 
-    def _jsonl(self) -> Iterator[SourceRow]:
+    def _jsonl(self, part: Part) -> Iterator[SourceRow]:
         with self.path.open("rb") as file:
-            yield from self._json_lines(file, self.path.parent)
+            yield from self._json_lines(file, self.path.parent, part)
 
-    def _json_lines(self, lines: Iterable[bytes], folder: Path) -> Iterator[SourceRow]:
+    def _json_lines(self, lines: Iterable[bytes], folder: Path, part: Part) -> Iterator[SourceRow]:
         """Lines have no header: each is read by the columns that it has."""
-        for number, line in enumerate(lines, start=1):
+        for number, line in islice(enumerate(lines, start=1), part.start, part.stop):
             if line.strip():
                 record = _json_object(line)
                 there = () if isinstance(record, ItemError) else tuple(record)
-                yield _row(record, self.columns.find(there), number, folder)
+                yield _row(record, part.wanted(self.columns.find(there)), number, folder)
 
 
 def _whole(reader: csv.DictReader[str]) -> Iterator[Read]:
@@ -209,16 +244,28 @@ def _open_parquet(path: Path) -> Any:
         raise SourceError(f"{path}: not a readable Parquet file ({exc})") from exc
 
 
-def _read_parquet(path: Path) -> tuple[list[str], Iterator[Record]]:
-    """Column names, and the records."""
-    file = _open_parquet(path)
-    batches = file.iter_batches(READ_ROWS)
-    return file.schema_arrow.names, (row for batch in batches for row in batch.to_pylist())
+def _records(file: Any, part: Part, columns: Mapping[str, str]) -> Iterator[Record]:
+    """The records of a part, from the row group on that it begins in."""
+    groups, skipped, at = [], 0, 0
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if at + rows <= part.start:
+            skipped = at + rows
+        elif part.stop is None or at < part.stop:
+            groups.append(group)
+        at += rows
+    only = [columns["id"]] if part.ids_only and "id" in columns else None
+    batches = file.iter_batches(READ_ROWS, row_groups=groups, columns=only)
+    records = chain.from_iterable(batch.to_pylist() for batch in batches)
+    stop = None if part.stop is None else part.stop - skipped
+    return islice(records, part.start - skipped, stop)
 
 
-def _rows(records: Iterator[Read], columns: Mapping[str, str], folder: Path) -> Iterator[SourceRow]:
-    for number, record in enumerate(records, start=1):
-        yield _row(record, columns, number, folder)
+def _rows(
+    records: Iterator[Read], columns: Mapping[str, str], folder: Path, part: Part
+) -> Iterator[SourceRow]:
+    for number, record in enumerate(records, part.start + 1):
+        yield _row(record, part.wanted(columns), number, folder)
 
 
 def _row(record: Read, columns: Mapping[str, str], number: int, folder: Path) -> SourceRow:
@@ -244,17 +291,19 @@ def _image_files(folder: Path) -> Iterator[Path]:
     return (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _image_folder(folder: Path) -> Iterator[SourceRow]:
+def _image_folder(folder: Path, part: Part) -> Iterator[SourceRow]:
     """Every picture below `folder`, by its path as id; titles are missing."""
-    number = 0
-    for number, path in enumerate(_image_files(folder), start=1):
-        name = path.relative_to(folder).as_posix()
-        yield _row({"id": name, "image": name}, {"id": "id", "image": "image"}, number, folder)
-    if not number:
+    files = _image_files(folder)
+    if (first := next(files, None)) is None:
         raise SourceError(
             f"{folder}: expected products.parquet or images "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}), found neither"
         )
+    columns = part.wanted({"id": "id", "image": "image"})
+    paths = islice(chain([first], files), part.start, part.stop)
+    for number, path in enumerate(paths, part.start + 1):
+        name = path.relative_to(folder).as_posix()
+        yield _row({"id": name, "image": name}, columns, number, folder)
 
 
 def _is_missing(value: Any) -> bool:

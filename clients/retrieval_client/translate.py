@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import grpc
 from pymilvus.exceptions import MilvusException
 
+from retrieval_client.deadline import Deadline
 from retrieval_contract.door import Refusal
 from retrieval_contract.errors import (
     AccessDenied,
@@ -54,8 +55,11 @@ NEXT_STEP = {
     DeadlineExceeded: "the server is overloaded or hung; raise the deadline or look at its log",
 }
 
-# pymilvus: 2 = cannot connect (or a wrong token), 101 = collection still loading.
-MILVUS_UNAVAILABLE = {2, 101}
+# pymilvus: 2 = cannot connect (or a wrong token). The server, while it starts, stops or recovers:
+# 9 = refuses all writes or reads for now; 101, 103 = collection still loading; 201, 202 = partition
+# still loading; 500 to 503 = channels, 600 to 602 = segments, 901 to 905 = nodes that are away.
+MILVUS_UNAVAILABLE = {2, 9, 101, 103, 201, 202, *range(500, 504), *range(600, 603)}
+MILVUS_UNAVAILABLE |= set(range(901, 906))
 # 100 = no such collection or alias (1600: alias, of the server).
 MILVUS_GONE = {100, 1600}
 MILVUS_GRPC_UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
@@ -78,8 +82,11 @@ def triton_errors(address: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def milvus_errors(uri: str, what: str) -> Iterator[None]:
-    """Inside: pymilvus calls to `uri` for the purpose `what`. Both of its error kinds come out."""
+def milvus_errors(uri: str, what: str, deadline: Deadline | None = None) -> Iterator[None]:
+    """Inside: pymilvus calls to `uri` for the purpose `what`. Both of its error kinds come out.
+
+    With a deadline: DeadlineExceeded where Milvus was there and did not answer in time.
+    """
     try:
         yield
     except RetrievalError:
@@ -87,9 +94,15 @@ def milvus_errors(uri: str, what: str) -> Iterator[None]:
     except MilvusException as exc:
         if exc.code in MILVUS_GONE:
             raise CollectionGone(f"Milvus at {uri}, {what}: {exc.message}") from exc
-        away = exc.code in MILVUS_UNAVAILABLE
+        # After repeating a call for its whole timeout, pymilvus gives gRPC's code for its own.
+        away = exc.code in MILVUS_UNAVAILABLE | MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}", exc.__cause__) from exc
     except grpc.RpcError as exc:
+        if deadline and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DeadlineExceeded(
+                f"Milvus at {uri}, {what}: no answer within {deadline.seconds} s; "
+                f"{NEXT_STEP[DeadlineExceeded]}"
+            ) from exc
         away = exc.code() in MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.details()}") from exc
 

@@ -29,6 +29,7 @@ from retrieval_client.push import Push, PushReport
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Columns, Source
 from retrieval_contract.door import Lane
+from retrieval_contract.errors import SourceError
 
 
 def add_source(command: argparse.ArgumentParser) -> None:
@@ -78,6 +79,8 @@ class Rate(ProgressColumn):
 
 def run_push(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval push`."""
+    if args.sync and args.limit is not None:
+        raise SourceError("--sync: expected the whole source, got --limit; leave out one of them")
     source = source_of(args)
     rows, expected = source.rows(), source.rows_expected
     if args.limit is not None:
