@@ -23,10 +23,11 @@ from retrieval_client import Catalog, Collection, Encoders, Settings
 from retrieval_client.bulk import Recipe, encode, in_processes, recipe_for, slices_of
 from retrieval_client.bulk_load import Load
 from retrieval_client.bulk_ray import LOCAL, on_ray
+from retrieval_client.catalog import Role
 from retrieval_client.push import Push
 from retrieval_client.shards import FIELDS, MANIFEST, Manifest, Shard, rows_of, shard_name
 from retrieval_client.sources import Source
-from retrieval_contract.errors import ReleaseMismatch, RetrievalError, SourceError
+from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError, SourceError
 from retrieval_contract.release import Release
 from tests.conftest import ROOT, photo, product_row
 
@@ -265,16 +266,41 @@ def test_ray_makes_the_same_shards_while_a_worker_is_killed(serial: Recipe, tmp_
     assert not [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()]
 
 
+def test_without_ray_it_says_what_to_install(
+    serial: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DeployError, match=r"install make-retrieval\[retrieval_bulk\]"):
+        encode(elsewhere(serial, tmp_path / "shards"), on_ray(LOCAL, 2))
+
+
 # ── load ─────────────────────────────────────────────────────────────────────────────────
+KILLED_LOAD = """
+import os, signal, sys
+from pathlib import Path
+from retrieval_client import Catalog, Settings
+from retrieval_client.bulk_load import Load
+
+settings = Settings(triton=sys.argv[1], milvus=sys.argv[2], collection=sys.argv[3])
+with Catalog(settings) as catalog:
+    Load(settings, Path(sys.argv[4])).run(
+        catalog, lambda shard: os.kill(os.getpid(), signal.SIGKILL) if shard.number == 1 else None
+    )
+"""
+
+
 @pytest.fixture
 def loaded(backend: Callable[[], Settings], serial: Recipe) -> Iterator[tuple[Settings, Catalog]]:
-    """The shards in an empty catalog."""
-    settings = dataclasses.replace(
-        backend(), triton=serial.settings.triton, retry_s=5.0, push_timeout_s=60.0
-    )
+    """The shards in a catalog: by a load that was killed after the second, and one more."""
+    settings = dataclasses.replace(backend(), triton=serial.settings.triton, retry_s=5.0)
+    where = (settings.triton, settings.milvus, settings.collection, str(serial.folder))
+    killed = subprocess.run([sys.executable, "-c", KILLED_LOAD, *where])
+    assert killed.returncode == -signal.SIGKILL
+    first, second, *_ = (shard.rows for shard in Manifest.read(serial.folder).shards)
     with Catalog(settings) as catalog:
         done = Load(settings, serial.folder).run(catalog)
-        assert (done.stored, done.unchanged) == (ROWS - len(REFUSED), 0)
+        assert (done.skipped, done.unchanged) == (2, first + second)
+        assert done.stored == ROWS - len(REFUSED) - first - second
         yield settings, catalog
 
 
@@ -323,6 +349,16 @@ def test_a_new_catalog_is_filled_for_what_is_served(serial: Recipe, settings: Se
         with pytest.raises(ReleaseMismatch, match=f"serves {serial.release_id}; a new catalog"):
             Load(settings, of_release(OTHER, serial)).run(catalog)
         assert not catalog.live()
+
+
+def test_a_release_that_is_built_is_loaded_beside_the_one_that_serves(
+    serial: Recipe, settings: Settings
+) -> None:
+    with Catalog(settings) as catalog:
+        serving = catalog.prepare(OTHER, serial.vector_dim)
+        built = catalog.prepare(serial.release_id, serial.vector_dim, Role.CANDIDATE)
+        assert Load(settings, serial.folder).run(catalog).collection == built.name
+        assert (serving.count(), built.count()) == (0, ROWS - len(REFUSED))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit", "of other rows", "gone"])
