@@ -113,6 +113,15 @@ def test_rows_come_back_and_upserting_replaces(stored: Collection) -> None:
     assert hashes(stored, ["a", "b", "c"]) == {"a": "new", "b": "hash-2"}
 
 
+def test_a_pass_sees_what_was_written_just_before(stored: Collection) -> None:
+    for number in range(3):
+        stored.upsert([product_row("a", DIM, number), product_row(f"b{number}", DIM)])
+        stored.delete([f"b{number - 1}"])
+        seen = [row for step in stored.every(["content_hash"]) for row in step]
+        found = {row["id"]: row["content_hash"] for row in seen}
+        assert found == {"a": f"hash-{number}", f"b{number}": "hash-0"}
+
+
 def test_hostile_ids_are_found_and_deleted_one_by_one(stored: Collection) -> None:
     stored.upsert([product_row(i, DIM, n) for n, i in enumerate(HOSTILE_IDS)])
     assert set(stored.of_ids(HOSTILE_IDS, [])) == set(HOSTILE_IDS)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_client.sources import Columns, Source, SourceRow
+from retrieval_client.sources import STDIN, Columns, Source, SourceRow
 from retrieval_contract.errors import SourceError
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 from tests.conftest import photo
@@ -114,6 +114,46 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         ("shoes/red.JPG", b""),
     ]
     assert Source(tmp_path).rows_expected == 2
+
+
+def in_every_format(folder: Path) -> list[Path]:
+    """Seven products in each kind of source; row groups and pages end in the middle of parts."""
+    ids, titles = [f"p{n}" for n in range(7)], [f"title {n}" for n in range(7)]
+    ids[3] = ""
+    table = pa.table({"id": ids, "title": titles})
+    pq.write_table(table, folder / "c.parquet", row_group_size=3)
+    (folder / "joined").mkdir()
+    pq.write_table(table, folder / "joined" / "products.parquet", row_group_size=2)
+    pictures = pa.table({"id": ids, "jpeg": [photo((n, 0, 0)) for n in range(7)]})
+    pq.write_table(pictures, folder / "joined" / "images.parquet", row_group_size=5)
+    lines = [f"{i},{title}" for i, title in zip(ids, titles, strict=True)]
+    (folder / "c.csv").write_text("\n".join(["id,title", *lines]))
+    records = [json.dumps({"id": i, "title": t}) for i, t in zip(ids, titles, strict=True)]
+    (folder / "c.jsonl").write_text("\n".join([*records[:4], "", *records[4:]]))
+    (folder / "photos").mkdir()
+    for n in range(7):
+        (folder / "photos" / f"{n}.jpg").write_bytes(photo((n, 0, 0)))
+    return [folder / name for name in ("c.parquet", "joined", "c.csv", "c.jsonl", "photos")]
+
+
+def test_a_source_can_be_read_in_parts(tmp_path: Path) -> None:
+    for path in in_every_format(tmp_path):
+        source, whole = Source(path), rows_of(path)
+        last = whole[-1].number
+        assert len(whole) == 7
+        for size in (1, 2, 5, 9):
+            starts = range(0, last, size)
+            parts = [row for start in starts for row in source.rows(start, start + size)]
+            assert parts == whole, (path, size)
+        assert list(source.ids()) == [(row.number, row.id) for row in whole]
+
+
+def test_ids_are_read_without_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"id": "a", "image": "nowhere.jpg"}\n{"id": "b", "title": "mug"}')
+    assert list(Source(path).ids()) == [(1, "a"), (2, "b")]
+    with pytest.raises(SourceError, match="read twice, got stdin"):
+        Source(STDIN).ids()
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:

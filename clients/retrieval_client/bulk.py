@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ from retrieval_client.shards import (
     shards_there,
     whole_file,
 )
-from retrieval_client.sources import Source, SourceRow
+from retrieval_client.sources import STDIN, Source, SourceRow
 from retrieval_contract.door import Lane
 from retrieval_contract.errors import ItemError, Reason, ReleaseMismatch, RetrievalError
 from retrieval_contract.tensors import Array
@@ -117,6 +117,8 @@ def recipe_for(
         )
     dim = served[wanted].vector_dim
     bulk = settings.override(traffic=Lane.BULK)
+    if source.path != STDIN:  # workers may stand in another folder
+        source, folder = replace(source, path=source.path.absolute()), folder.absolute()
     return Recipe(source, folder, bulk, wanted, dim, shard_rows, thumbnails)
 
 

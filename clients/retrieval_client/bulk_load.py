@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retrieval_client.book import Book, Differences
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import Collection, ProductRow
+from retrieval_client.collection import ID, Collection, ProductRow
 from retrieval_client.feed import HASHES
 from retrieval_client.fleet import Encoders
 from retrieval_client.patience import Patient
@@ -104,7 +104,7 @@ class Load:
         def read() -> None:
             book.empty(collection.info.release_id)
             for step in collection.every(HASHES):
-                rows = ((row["id"], *(row[name] for name in HASHES)) for row in step)
+                rows = ((row[ID.name], *(row[name] for name in HASHES)) for row in step)
                 book.hold(collection.info.release_id, rows)
 
         self._patiently(read)

@@ -21,6 +21,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 STDIN = Path("-")
 READ_ROWS = 64
 """Rows held at once while reading Parquet; a row may carry a photo of megabytes."""
+READ_BYTES = 2**20
+"""Read ahead in a column: without it all of a row group would be held."""
 csv.field_size_limit(2**27)
 
 Record = Mapping[str, Any]
@@ -239,7 +241,7 @@ def _json_object(line: bytes) -> Read:
 
 def _open_parquet(path: Path) -> Any:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except Exception as exc:
         raise SourceError(f"{path}: not a readable Parquet file ({exc})") from exc
 
