@@ -84,6 +84,7 @@ class Reason(StrEnum):
     BAD_ID = "bad_id"
     BAD_ATTRIBUTES = "bad_attributes"
     DUPLICATE_ID = "duplicate_id"
+    UNKNOWN_ID = "unknown_id"
     INTERNAL = "internal"
 
 

@@ -1,22 +1,23 @@
 """Conditions on products: Milvus finds what `matches` finds, which is what Python would say.
 
-The backend is one fixture: Milvus Lite, or the server that RETRIEVAL_MILVUS names.
+All on Milvus Lite and on the server.
 """
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from pymilvus import DataType, MilvusClient
 
+from retrieval_client import Settings
+from retrieval_client.collection import stored_attributes
 from retrieval_client.where import ATTRIBUTE_VALUE, MAX_DEPTH, MAX_TEXT_BYTES, MAX_VALUES, Where
 from retrieval_contract.errors import ContractError, FilterError
 
-COLLECTION = f"where_{os.getpid()}"
 TEXTS = [
     "red", "Red", "red dress", "redder", "blue", "", " ", "1", "true", "100%", "100_", "x~y",
     "x\x7f", "it's", 'say "hi"', "back\\slash", "a\\", "\\u0041", "漢字", "👟 shoe", "é", "e\u0301",
@@ -59,7 +60,7 @@ def rows() -> list[dict[str, Any]]:
 ROWS = rows()
 
 
-class Backend(NamedTuple):
+class Products(NamedTuple):
     client: MilvusClient
     collection: str
 
@@ -77,9 +78,12 @@ class Backend(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
-    store = os.environ.get("RETRIEVAL_MILVUS") or str(tmp_path_factory.mktemp("where") / "where.db")
-    client = MilvusClient(store)
+def products(backend: Callable[[], Settings]) -> Iterator[Products]:
+    """ROWS, in a collection without what conditions do not ask for."""
+    settings = backend()
+    if settings.milvus.endswith(".db"):
+        Path(settings.milvus).parent.mkdir(parents=True)
+    client, name = MilvusClient(settings.milvus), settings.collection
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=256)
     schema.add_field("title", DataType.VARCHAR, max_length=8192)
@@ -88,14 +92,12 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
     index = client.prepare_index_params()
     index.add_index("vector", index_type="FLAT", metric_type="COSINE")
-    client.create_collection(COLLECTION, schema=schema, index_params=index)
-    try:
-        client.insert(COLLECTION, ROWS)
-        client.load_collection(COLLECTION)
-        yield Backend(client, COLLECTION)
-    finally:
-        client.drop_collection(COLLECTION)
-        client.close()
+    client.create_collection(name, schema=schema, index_params=index)
+    attributes = ({"attributes": stored_attributes(row["attributes"])} for row in ROWS)
+    client.insert(name, [row | stored for row, stored in zip(ROWS, attributes, strict=True)])
+    client.load_collection(name)
+    yield Products(client, name)
+    client.close()
 
 
 def matched(where: Where) -> list[str]:
@@ -132,16 +134,16 @@ CONDITIONS = [
 
 
 @pytest.mark.parametrize("text", CONDITIONS)
-def test_milvus_finds_what_matches_says(backend: Backend, text: str) -> None:
+def test_milvus_finds_what_matches_says(products: Products, text: str) -> None:
     where = Where.parse(text)
-    assert backend.found(where.expression()) == matched(where), where.expression()
+    assert products.found(where.expression()) == matched(where), where.expression()
 
 
-def test_every_text_and_number_and_name_can_be_asked_for(backend: Backend) -> None:
+def test_every_text_and_number_and_name_can_be_asked_for(products: Products) -> None:
     asked = 0
     for name in NAMES:
         where = Where.parse(f"attr[{name!r}] in [1, 2] or attr[{name!r}] == 'red'")
-        assert len(found := backend.found(where.expression())) >= 3
+        assert len(found := products.found(where.expression())) >= 3
         assert found == matched(where)
     for value in [*TEXTS, *NUMBERS]:
         for text in (
@@ -156,7 +158,7 @@ def test_every_text_and_number_and_name_can_be_asked_for(backend: Backend) -> No
                 where = Where.parse(text, {"v": [value] if " in " in text else value})
             except FilterError:
                 continue
-            assert backend.found(where.expression()) == matched(where), where.expression()
+            assert products.found(where.expression()) == matched(where), where.expression()
             asked += 1
     assert asked > 200
 
@@ -207,14 +209,14 @@ ASKED: dict[str, list[Any]] = {
 }
 
 
-def test_random_conditions_find_the_same(backend: Backend) -> None:
+def test_random_conditions_find_the_same(products: Products) -> None:
     dice, some = random.Random(11), 0
     for _ in range(300):
         params: dict[str, Any] = {}
         text = drawn(dice, params, ASKED)
         where = Where.parse(text, params)
         expected = matched(where)
-        assert backend.found(where.expression()) == expected, (text, params, where.expression())
+        assert products.found(where.expression()) == expected, (text, params, where.expression())
         some += 0 < len(expected) < len(ROWS)
     assert some > 150, "conditions that find all or nothing prove little"
 
@@ -330,22 +332,22 @@ def test_a_value_that_backends_read_differently_is_refused(value: Any) -> None:
                 Where.parse(text, {"v": bound})
 
 
-def test_no_condition_is_too_much(backend: Backend) -> None:
+def test_no_condition_is_too_much(products: Products) -> None:
     """The largest ones that are let through are answered; the next ones are refused here."""
     many = [f"p{number}" for number in range(MAX_VALUES)]
     few = MAX_VALUES // ATTRIBUTE_VALUE
     for text in ("id in {v}", "a in {v}", "a not in {v}"):
         where = Where.parse(text, {"v": many if "id" in text else many[:few]})
-        assert backend.found(where.expression()) == matched(where)
+        assert products.found(where.expression()) == matched(where)
     numbers = Where.parse("a not in {v}", {"v": list(range(few))})
-    assert backend.found(numbers.expression()) == matched(numbers)
+    assert products.found(numbers.expression()) == matched(numbers)
     nested = "a == 1"
     for level in range(MAX_DEPTH // 2 - 1):
         nested = f"not (b == 1 and price > {level} or ({nested}))"
     deep = Where.parse(nested)
-    assert backend.found(deep.expression()) == matched(deep)
+    assert products.found(deep.expression()) == matched(deep)
     wide = Where.parse(" or ".join(["a<1"] * few))
-    assert backend.found(wide.expression()) == matched(wide)
+    assert products.found(wide.expression()) == matched(wide)
     with pytest.raises(FilterError, match=f"at most {MAX_VALUES} values in all"):
         Where.parse("id in {v}", {"v": [*many, "one more"]})
     with pytest.raises(FilterError, match=f"at most {MAX_VALUES} values in all"):
@@ -365,7 +367,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
-def test_an_attack_finds_nothing(backend: Backend, attack: str) -> None:
+def test_an_attack_finds_nothing(products: Products, attack: str) -> None:
     """As a value, a prefix, a name, and as the text itself: refused, or no product more."""
     texts = ["a == {v}", "a in {v}", "id == {v}", "id in {v}", "title.startswith({v})", "a > {v}"]
     asked = [(text, {"v": [attack] if " in " in text else attack}) for text in texts]
@@ -377,6 +379,6 @@ def test_an_attack_finds_nothing(backend: Backend, attack: str) -> None:
             where = Where.parse(text, params)
         except FilterError:
             continue
-        assert backend.found(where.expression()) == matched(where), where.expression()
+        assert products.found(where.expression()) == matched(where), where.expression()
         answered += 1
     assert answered or len(attack) > MAX_TEXT_BYTES

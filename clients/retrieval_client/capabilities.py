@@ -19,6 +19,7 @@ class Feature(StrEnum):
     HNSW = "an index over graphs (HNSW) that gains something"
     USERS = "users and tokens"
     NAN_REFUSED = "a vector that is no number is refused"
+    DEPTH_REFUSED = "hits past the deepest place are refused"
 
 
 SINCE: dict[Feature, tuple[int, int] | None] = {
@@ -26,6 +27,7 @@ SINCE: dict[Feature, tuple[int, int] | None] = {
     Feature.HNSW: (0, 0),
     Feature.USERS: (0, 0),
     Feature.NAN_REFUSED: (0, 0),
+    Feature.DEPTH_REFUSED: (0, 0),
 }
 """The first version of the server that has it."""
 
@@ -57,6 +59,7 @@ class Backend:
         if feature not in self.features:
             since = SINCE[feature]
             servers = f"a server since {since[0]}.{since[1]}" if since else "no server"
+            servers = "every server" if since == (0, 0) else servers
             lite = "Milvus Lite, " if feature in LITE else ""
             raise Unsupported(
                 f"expected a Milvus with {feature}, got {self.version}; {lite}{servers} has it"

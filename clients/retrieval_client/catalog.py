@@ -22,6 +22,7 @@ from retrieval_client.capabilities import Feature
 from retrieval_client.collection import (
     ID,
     VECTOR,
+    WORDS,
     Collection,
     CollectionInfo,
     field_parameters,
@@ -117,6 +118,7 @@ class Catalog:
             properties.get(RELEASE_PARAMETER, ""),
             _vector_dim(found),
             properties,
+            has_words=any(f["name"] == WORDS.name for f in found["fields"]),
         )
         collection = Collection(self.milvus, info)
         if info.release_id:  # else it is somebody else's, and not for us to load

@@ -12,12 +12,14 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from retrieval_client.capabilities import Feature
 from retrieval_client.deadline import Deadline
 from retrieval_client.milvus import Milvus
 from retrieval_contract import models
@@ -27,6 +29,7 @@ from retrieval_contract.errors import (
     ContractError,
     ItemError,
     Reason,
+    Unsupported,
 )
 from retrieval_contract.models import Field
 from retrieval_contract.tensors import Array
@@ -56,30 +59,66 @@ class ProductRow:
 
 
 @dataclass(frozen=True)
+class Route:
+    """One of several ways on which a product was found.
+
+    `rank` counts from 1 and `score` is the route's own: a cosine, or BM25. `share` is its part of
+    the hit's score; the shares of a hit add up to 1.
+    """
+
+    name: str
+    rank: int
+    score: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Hit:
-    """One found product; `score` is the cosine, -1 to 1."""
+    """One found product; `score` is the cosine, -1 to 1, or where there are `routes` what they
+    come to together, 0 to 1."""
 
     id: str
     score: float
     title: str
     attributes: dict[str, Any]
     thumbnail: bytes = field(default=b"", repr=False)
+    routes: tuple[Route, ...] = ()
+
+
+class Consistency(StrEnum):
+    """Which writes a search must have seen. On Milvus Lite it always has seen all."""
+
+    ANY = "Bounded"
+    """All but those of the last moments (some 0.2 s): the fastest."""
+    OWN = "Session"
+    """And those of this process: as fast, but just after a write it waits for it."""
+    ALL = "Strong"
+    """And those of everybody, up to now: each search waits for a server's clock, some 0.2 s."""
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is asked of each vector; equal ones may be asked together.
 
-    `condition` is in Milvus's language (`where.Where.expression`).
+    `condition` is in Milvus's language (`where.Where.expression`); `fields` are what a hit has
+    besides its id and score, and `thumbnails` one more.
     """
 
     limit: int = 10
     condition: str = ""
     thumbnails: bool = False
+    offset: int = 0
+    fields: tuple[str, ...] = (TITLE.name, ATTRIBUTES.name)
+    consistency: Consistency = Consistency.ANY
 
     def __post_init__(self) -> None:
         if not 1 <= self.limit <= MAX_RESULTS:
             raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {self.limit}")
+        if not 0 <= self.offset <= MAX_RESULTS - self.limit:
+            raise ContractError(
+                f"offset: expected 0 to {MAX_RESULTS - self.limit} with a limit of {self.limit}, "
+                f"got {self.offset}; say more closely what is wanted instead of paging on"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,6 +129,7 @@ class CollectionInfo:
     release_id: str
     vector_dim: int
     properties: Mapping[str, str] = field(default_factory=dict, compare=False)
+    has_words: bool = field(default=False, compare=False)
 
 
 class Collection:
@@ -157,7 +197,12 @@ class Collection:
 
     # ── reading ──────────────────────────────────────────────────────────────────────────
     def query(
-        self, condition: str, fields: list[str], limit: int | None = None
+        self,
+        condition: str,
+        fields: list[str],
+        consistency: Consistency = Consistency.ALL,
+        deadline: Deadline | None = None,
+        limit: int | None = None,
     ) -> list[dict[str, Any]]:
         """Rows under a condition, as they are now; at most `limit`."""
         with self.milvus.errors(f"query {self.name}"):
@@ -166,15 +211,23 @@ class Collection:
                     self.name,
                     filter=condition,
                     output_fields=fields,
-                    consistency_level="Strong",
-                    timeout=self.milvus.write_timeout_s,
+                    consistency_level=consistency.value,
+                    timeout=deadline.left_s if deadline else self.milvus.write_timeout_s,
                     **({"limit": limit} if limit else {}),
                 )
             )
 
-    def of_ids(self, ids: Sequence[str], fields: list[str]) -> dict[str, dict[str, Any]]:
+    def of_ids(
+        self,
+        ids: Sequence[str],
+        fields: list[str],
+        consistency: Consistency = Consistency.ALL,
+        deadline: Deadline | None = None,
+    ) -> dict[str, dict[str, Any]]:
         """Those of the ids that are there, by id."""
-        found = self.query(id_filter(ids), [ID.name, *fields]) if ids else []
+        if not ids:
+            return {}
+        found = self.query(id_filter(ids), [ID.name, *fields], consistency, deadline)
         return {row[ID.name]: row for row in found}
 
     def every(self, fields: list[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
@@ -212,18 +265,47 @@ class Collection:
         self, vectors: Array, ask: Ask | None = None, deadline: Deadline | None = None
     ) -> list[list[Hit]]:
         """The nearest products of each vector, float32 (queries, vector_dim), best first."""
-        ask, deadline = ask or Ask(), deadline or Deadline(self.milvus.timeout_s)
-        fields = [TITLE.name, ATTRIBUTES.name] + [THUMBNAIL.name] * ask.thumbnails
+        return self._search(
+            VECTOR.name, list(np.ascontiguousarray(vectors, np.float32)), ask or Ask(), deadline
+        )
+
+    def need_words(self) -> None:
+        """Unsupported where titles cannot be searched by their words."""
+        self.milvus.backend.need(Feature.BM25)
+        if not self.info.has_words:
+            raise Unsupported(
+                f"{self.name}: expected the field `{WORDS.name}`, which its Milvus did not have "
+                "when it was filled; fill a new collection"
+            )
+
+    def search_words(
+        self, texts: Sequence[str], ask: Ask | None = None, deadline: Deadline | None = None
+    ) -> list[list[Hit]]:
+        """The products whose titles have words of each text, by BM25, best first.
+
+        Raises Unsupported where the Milvus has no BM25, or had none when the collection was made.
+        """
+        self.need_words()
+        found = self._search(WORDS.name, list(texts), ask or Ask(), deadline)
+        # Milvus Lite calls it a distance: less is better.
+        return [[replace(hit, score=abs(hit.score)) for hit in hits] for hits in found]
+
+    def _search(
+        self, field: str, data: list[Any], ask: Ask, deadline: Deadline | None
+    ) -> list[list[Hit]]:
+        deadline = deadline or Deadline(self.milvus.timeout_s)
 
         def ask_milvus() -> Any:
             return self.milvus.client.search(
                 self.name,
-                list(np.ascontiguousarray(vectors, np.float32)),
-                anns_field=VECTOR.name,
+                data,
+                anns_field=field,
                 limit=ask.limit,
+                offset=ask.offset,
                 filter=ask.condition,
-                output_fields=fields,
-                consistency_level="Bounded",
+                # None at all would be every field on Milvus Lite.
+                output_fields=[ID.name, *ask.fields] + [THUMBNAIL.name] * ask.thumbnails,
+                consistency_level=ask.consistency.value,
                 timeout=deadline.left_s,
             )
 
@@ -246,10 +328,15 @@ def stored_from_row(row: ProductRow) -> dict[str, Any]:
         CONTENT_HASH.name: row.content_hash,
         ROW_HASH.name: row.row_hash,
         BUCKET.name: bucket_of(row.id),
-        ATTRIBUTES.name: dict(row.attributes),
+        ATTRIBUTES.name: stored_attributes(row.attributes),
         THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
         VECTOR.name: row.vector,
     }
+
+
+def stored_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Without nulls: to one backend such an attribute exists, and to the other it does not."""
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def bucket_of(product_id: str) -> int:
@@ -299,7 +386,7 @@ def hit_from_milvus(hit: Mapping[str, Any]) -> Hit:
     return Hit(
         id=hit[ID.name] if ID.name in hit else entity[ID.name],
         score=float(hit["distance"]),
-        title=entity[TITLE.name],
+        title=entity.get(TITLE.name) or "",
         attributes=dict(entity.get(ATTRIBUTES.name) or {}),
         thumbnail=base64.b64decode(entity.get(THUMBNAIL.name) or ""),
     )

@@ -8,14 +8,19 @@ two releases, and a promotion costs nobody an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
+from typing import Unpack
 
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import Ask, Collection, Hit
+from retrieval_client.collection import Collection
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
+from retrieval_client.finding import End, Finder, Hits
 from retrieval_client.fleet import Encoders
 from retrieval_client.ledger import Laps, Timed
+from retrieval_client.options import OptionFields, Options
+from retrieval_client.query import Query, encode
 from retrieval_client.searches import Searches
 from retrieval_client.settings import Settings
 from retrieval_client.shadow import Shadow
@@ -57,32 +62,38 @@ class ProductSearch:
 
     def __call__(
         self,
-        query: str,
+        query: str | Query,
         *,
-        limit: int = 10,
         timeout_s: float | None = None,
-        thumbnails: bool = False,
-    ) -> list[Hit]:
-        """The `limit` best products for one text, best first.
+        **options: Unpack[OptionFields],
+    ) -> Hits:
+        """The `limit` best products for one query, best first; `options`: see Options.
 
-        Raises ItemError for a bad query, and what Encoder and Catalog raise.
+        Raises ItemError for a bad query, and what Options, Encoder and Catalog raise.
         """
-        (found,) = self.many([query], limit=limit, timeout_s=timeout_s, thumbnails=thumbnails)
+        (found,) = self.many([query], timeout_s=timeout_s, **options)
         if isinstance(found, ItemError):
             raise found
         return found
 
     def many(
         self,
-        queries: Sequence[str],
+        queries: Sequence[str | Query],
         *,
-        limit: int = 10,
         timeout_s: float | None = None,
-        thumbnails: bool = False,
-    ) -> list[list[Hit] | ItemError]:
+        **options: Unpack[OptionFields],
+    ) -> list[Hits | ItemError]:
         """One result list a query, encoded and searched together; a bad query gets its error."""
-        deadline = Deadline(timeout_s or self.settings.timeout_s)
-        return self._many(queries, Ask(limit, thumbnails=thumbnails), deadline, self._span)[0]
+        return self.within(Deadline(timeout_s or self.settings.timeout_s), queries, **options)
+
+    def within(
+        self,
+        deadline: Deadline,
+        queries: Sequence[str | Query],
+        **options: Unpack[OptionFields],
+    ) -> list[Hits | ItemError]:
+        """As `many`, by a deadline that has begun."""
+        return self._many(queries, Options(**options), deadline, self._span)[0]
 
     @property
     def encoder(self) -> Encoder:
@@ -96,24 +107,24 @@ class ProductSearch:
 
     def timed(
         self,
-        queries: Sequence[str],
+        queries: Sequence[str | Query],
         *,
-        limit: int = 10,
         timeout_s: float | None = None,
-        thumbnails: bool = False,
-    ) -> tuple[list[list[Hit] | ItemError], Timed]:
+        **options: Unpack[OptionFields],
+    ) -> tuple[list[Hits | ItemError], Timed]:
         """As `many`, and where its time went; see `ledger.ledgers`."""
         laps, deadline = Laps(), Deadline(timeout_s or self.settings.timeout_s)
-        found, encoded = self._many(queries, Ask(limit, thumbnails=thumbnails), deadline, laps)
+        found, encoded = self._many(queries, Options(**options), deadline, laps)
         return found, Timed(laps.seconds, encoded.requests)
 
     def _many(
-        self, queries: Sequence[str], ask: Ask, deadline: Deadline, span: Span
-    ) -> tuple[list[list[Hit] | ItemError], Encoded]:
+        self, queries: Sequence[str | Query], options: Options, deadline: Deadline, span: Span
+    ) -> tuple[list[Hits | ItemError], Encoded]:
+        asked = [Query.of(query) for query in queries]
         with span("search"):
             collection = self.catalog.serving(deadline)
             try:
-                return self._once(queries, ask, collection, deadline, span)
+                return self._once(asked, options, collection, deadline, span)
             except ServerBusy:
                 raise
             except (ReleaseMismatch, CollectionGone, ServerUnavailable) as exc:
@@ -125,42 +136,41 @@ class ProductSearch:
                     self.encoders.forget()
                 elif now.info == collection.info:
                     raise
-                return self._once(queries, ask, now, deadline, span)
+                return self._once(asked, options, now, deadline, span)
 
     def _once(
         self,
-        queries: Sequence[str],
-        ask: Ask,
+        queries: Sequence[Query],
+        options: Options,
         collection: Collection,
         deadline: Deadline,
         span: Span,
-    ) -> tuple[list[list[Hit] | ItemError], Encoded]:
+    ) -> tuple[list[Hits | ItemError], Encoded]:
         with span("encode"):
             encoder = self.encoders.for_collection(collection.info, deadline)
-            encoded = encoder.encode_queries(queries, timeout_s=deadline.left_s)
-            if encoded.served.release_id != collection.info.release_id:
-                raise ReleaseMismatch(
-                    f"Triton at {encoder.address}: expected release "
-                    f"{collection.info.release_id}, it serves {encoded.served.release_id} by now"
-                )
+            if options.routes:  # before anything is computed for a Milvus that cannot
+                collection.need_words()
+            encoded = encode(queries, encoder, collection, options.consistency, deadline)
         with span("milvus"):
-            hits = self._hits(encoded, collection, ask, deadline)
-        self.shadow.offer(queries, ask, hits, deadline.seconds - deadline.left_s)
+            hits = self._hits(queries, encoded, collection, options, deadline)
+        self.shadow.offer(queries, options, hits, deadline.seconds - deadline.left_s)
         return hits, encoded
 
     def _hits(
         self,
+        queries: Sequence[Query],
         encoded: Encoded,
         collection: Collection,
-        ask: Ask,
+        options: Options,
         deadline: Deadline,
-    ) -> list[list[Hit] | ItemError]:
+    ) -> list[Hits | ItemError]:
         if deadline.passed:
             raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
         good = [row for row, error in enumerate(encoded.errors) if error is None]
-        found: list[list[Hit] | ItemError] = [error or [] for error in encoded.errors]
+        found: list[Hits | ItemError] = [error or Hits([], End.ALL) for error in encoded.errors]
         if good:
-            hits = self.searches(collection, encoded.vectors[good], ask, deadline)
+            find = Finder(collection, partial(self.searches, collection), options)
+            hits = find([queries[row] for row in good], encoded.vectors[good], deadline)
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row
         return found

@@ -17,9 +17,11 @@ from queue import Empty, Full, Queue
 
 from retrieval_client.catalog import INFO_TTL_S, Catalog, Role
 from retrieval_client.changes import overlap_of
-from retrieval_client.collection import Ask, Hit
 from retrieval_client.deadline import Deadline
+from retrieval_client.finding import Finder, Hits
 from retrieval_client.fleet import Encoders
+from retrieval_client.options import Options
+from retrieval_client.query import Query, encode
 from retrieval_client.settings import Settings
 from retrieval_contract.door import Lane
 from retrieval_contract.errors import ItemError, RetrievalError
@@ -30,7 +32,7 @@ REMEMBERED = 10_000
 """Latest searches whose times are compared."""
 IDLE_S = 0.5
 
-Answers = Sequence[list[Hit] | ItemError]
+Answers = Sequence[Hits | ItemError]
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class ShadowReport:
 class Offer:
     """One live search and its answer, which took `live_s`."""
 
-    queries: Sequence[str]
-    ask: Ask
+    queries: Sequence[Query]
+    options: Options
     answers: Answers
     live_s: float
 
@@ -75,7 +77,9 @@ class Shadow:
         self._times: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self._answered, self._error = 0, ""
 
-    def offer(self, queries: Sequence[str], ask: Ask, answers: Answers, live_s: float) -> None:
+    def offer(
+        self, queries: Sequence[Query], options: Options, answers: Answers, live_s: float
+    ) -> None:
         """One live search that was answered; returns at once."""
         if not self._share or random.random() >= self._share:
             return
@@ -85,7 +89,7 @@ class Shadow:
                 self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
                 self._thread.start()
             try:
-                self._queue.put_nowait(Offer(queries, ask, answers, live_s))
+                self._queue.put_nowait(Offer(queries, options, answers, live_s))
                 self._busy += 1
             except Full:
                 self._left_out += 1
@@ -143,14 +147,15 @@ class Shadow:
             return
         encoder = encoders.for_collection(candidate.info, deadline)
         good = [row for row, hits in enumerate(offer.answers) if not isinstance(hits, ItemError)]
-        texts = [offer.queries[row] for row in good]
-        if not texts:
+        queries = [offer.queries[row] for row in good]
+        if not queries:
             return
         start = time.perf_counter()
-        encoded = encoder.encode_queries(texts, timeout_s=deadline.left_s)
+        encoded = encode(queries, encoder, candidate, offer.options.consistency, deadline)
         for error in filter(None, encoded.errors):
             raise error
-        found = candidate.search(encoded.vectors, offer.ask, deadline)
+        find = Finder(candidate, candidate.search, offer.options)
+        found = find(queries, encoded.vectors, deadline)
         took_s = time.perf_counter() - start
         with self._lock:
             self._answered += 1

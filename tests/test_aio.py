@@ -1,0 +1,109 @@
+"""The awaited face of the search: the same answers, errors and deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.server import Server
+from retrieval_client import AsyncProductSearch, Encoder, ProductRow, ProductSearch, Query, Settings
+from retrieval_contract.errors import ContractError, DeadlineExceeded, ItemError
+from retrieval_contract.release import Release
+
+TITLES = [f"{colour} {kind}" for colour in ("red", "blue") for kind in ("shirt", "dress", "mug")]
+
+
+@pytest.fixture(scope="module")
+def filled(
+    triton: Server, release: Release, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Settings]:
+    """Six titles on Milvus Lite; what Milvus it is makes no difference here."""
+    path = tmp_path_factory.mktemp("aio") / "catalog.db"
+    settings = Settings(triton=triton.grpc_address, milvus=str(path), timeout_s=60)
+    with ProductSearch(settings) as search, Encoder(settings) as encoder:
+        stored = search.catalog.prepare(release.release_id, release.vector_dim)
+        vectors = encoder.encode_products(TITLES, [b""] * len(TITLES)).vectors
+        rows = zip(TITLES, vectors, strict=True)
+        stored.upsert([ProductRow(title, title, "hash", vector) for title, vector in rows])
+        yield settings
+
+
+def test_it_has_the_same_face() -> None:
+    for name in ("__call__", "many"):
+        sync, awaited = (getattr(c, name) for c in (ProductSearch, AsyncProductSearch))
+        assert inspect.signature(sync) == inspect.signature(awaited)
+        assert inspect.iscoroutinefunction(awaited)
+
+
+def test_many_are_answered_at_once_and_alike(filled: Settings) -> None:
+    async def ask() -> list[object]:
+        async with AsyncProductSearch(filled) as search:
+            await search.connect()
+            alone = search(Query("blue mug", like="red mug"), limit=2, where='id != "blue mug"')
+            several = [search(title, limit=3) for title in TITLES * 8]
+            wrong = asyncio.gather(search(""), search("x", limit=0), return_exceptions=True)
+            return [await alone, await asyncio.gather(*several), await wrong]
+
+    alone, several, wrong = asyncio.run(ask())
+    with ProductSearch(filled) as search:
+        ids = [[hit.id for hit in search(title, limit=3)] for title in TITLES]
+        query = Query("blue mug", like="red mug")
+        expected = search(query, limit=2, where='id != "blue mug"')
+    assert [hit.id for hit in alone] == [hit.id for hit in expected]
+    assert [[hit.id for hit in hits] for hits in several] == ids * 8
+    assert [type(error) for error in wrong] == [ItemError, ContractError]
+
+
+def test_deadlines_hold_also_for_who_waits_for_a_thread(filled: Settings) -> None:
+    async def ask() -> float:
+        async with AsyncProductSearch(filled, threads=1) as search:
+            await search("red mug")
+            over = threading.Event()
+            search._threads.submit(over.wait, 30)
+            started = time.monotonic()
+            try:
+                with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
+                    await search("red mug", timeout_s=0.2)
+                return time.monotonic() - started
+            finally:
+                over.set()
+                assert await search("red mug", limit=1), "and the next one is answered"
+
+    assert asyncio.run(ask()) < 2
+
+
+def test_who_is_cancelled_leaves_no_trace(filled: Settings) -> None:
+    async def ask() -> int:
+        async with AsyncProductSearch(filled, threads=1) as search:
+            await search.connect()
+            over = threading.Event()
+            search._threads.submit(over.wait, 30)
+            tasks = [asyncio.create_task(search("red mug")) for _ in range(20)]
+            await asyncio.sleep(0.05)
+            before = search.search.encoder.statistics().requests["query_encoder"]
+            for task in tasks:
+                task.cancel()
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(each, asyncio.CancelledError) for each in done)
+            over.set()
+            await search("blue mug")
+            return search.search.encoder.statistics().requests["query_encoder"] - before
+
+    assert asyncio.run(ask()) <= 1, "those who waited for a thread were never asked for"
+
+
+def test_a_server_that_is_away_is_said(tmp_path: Path, filled: Settings) -> None:
+    async def ask() -> None:
+        async with AsyncProductSearch(filled.override(triton="127.0.0.1:1")) as search:
+            await search("red mug", timeout_s=2)
+
+    from retrieval_contract.errors import ServerUnavailable
+
+    with pytest.raises(ServerUnavailable):
+        asyncio.run(ask())
