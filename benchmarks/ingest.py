@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from deploy.milvus import MilvusServer, milvus_server
 from deploy.server import triton
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
-from retrieval_contract.errors import RetrievalError
 
 PRODUCTS = 5000
 """In the source at any time."""
@@ -279,14 +278,3 @@ def _server_of(
     )
     server = stack.enter_context(triton(release, log=log))
     return place, Settings(triton=server.grpc_address, milvus=milvus.uri), milvus
-
-
-def none_wrong(counts: Sequence[str] = WRONG) -> Callable[[Any], bool]:
-    """What every row of kills promises."""
-    return lambda found: not any(found[name] for name in (*counts, "failed_runs"))
-
-
-def require_photos(source: Path) -> None:
-    """RetrievalError unless there is something to see in the source."""
-    if not any(row.image for row in itertools.islice(Source(source).rows(), 100)):
-        raise RetrievalError(f"{source}: expected products with photos, got none; give another")

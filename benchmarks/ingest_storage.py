@@ -31,7 +31,8 @@ from retrieval_contract.errors import RetrievalError
 RELEASE, DIM = "c" * 16, 64
 ROWS = 3000
 WORDS = "an attribute that takes some room, as real ones do, " * 8
-SMALL_MB, LARGE_MB = 6, 256
+SMALL_BYTES, LARGE_MB = 600, 256
+"""A row, where the disk is to become full; and of the whole, where there is room."""
 NAMESPACE = ["unshare", "--mount", "--map-root-user"]
 
 
@@ -205,7 +206,7 @@ def mounted(what: str, folder: Path, count: int) -> Storage:
         subprocess.run(["mount", *options, str(place.parent)], check=True)
 
     if what == "full":
-        mount("-t", "tmpfs", "-o", f"size={SMALL_MB}m", "none")
+        mount("-t", "tmpfs", "-o", f"size={SMALL_BYTES * count}", "none")
         refused = said("push", place, count)
         found.unclear += not refused.error
         reads = said("search", place, count)
