@@ -34,7 +34,8 @@ CHANGED, PRICED, GONE = 0.012, 0.06, 0.004
 """Shares of the source, a round: titles, prices alone; gone, and as many new ones."""
 WITH_PHOTO = 0.7
 SPAN_S = 9.0
-"""A push is killed at any moment of so many seconds after it began to read its source."""
+"""A push is killed at any moment of so many seconds after it began to read its source; later, at
+any moment of what the last one took that nobody disturbed."""
 KILLS = (4, 12)
 """In a round, fewest and most."""
 PUSH_S = 1800.0
@@ -110,6 +111,7 @@ class Kills:
     encoded: int = 0
     renewed: int = 0
     deleted: int = 0
+    span_s: float = SPAN_S
     lost: int = 0
     surplus: int = 0
     duplicate: int = 0
@@ -159,8 +161,9 @@ def start_push(settings: Settings, source: Path, log: IO[str]) -> subprocess.Pop
 
 def undisturbed(settings: Settings, shelf: Shelf, found: Kills, log: IO[str]) -> None:
     """One push to its end, and a look at everything."""
-    process = start_push(settings, shelf.path, log)
+    process, started = start_push(settings, shelf.path, log), time.monotonic()
     said, _ = process.communicate(timeout=PUSH_S)
+    found.span_s = max(1.0, min(SPAN_S * 4, time.monotonic() - started))
     if process.returncode:
         found.failed_runs += 1
         found.errors.append(f"a push that nobody disturbed: {said}")
@@ -181,7 +184,7 @@ def kill_push(
 ) -> None:
     """SIGKILL at a random moment."""
     try:
-        process.wait(rng.uniform(0, SPAN_S))
+        process.wait(rng.uniform(0, found.span_s))
         found.ended += 1
     except subprocess.TimeoutExpired:
         process.kill()
@@ -252,7 +255,7 @@ def milvus_kills(
         def kill_milvus(
             process: subprocess.Popen[str], settings: Settings, rng: random.Random, found: Kills
         ) -> None:
-            time.sleep(rng.uniform(0, SPAN_S))
+            time.sleep(rng.uniform(0, found.span_s))
             if process.poll() is not None:
                 found.ended += 1
             else:

@@ -170,8 +170,14 @@ def torn(folder: Path, count: int, found: Storage) -> None:
             said("push", place, count)
         else:
             unflushed(place, count)
-        harmed = harm(place, pattern)
-        repaired(name, place, count, found, harmed=harmed)
+        harmed, refused = harm(place, pattern), Said()
+        if pattern != "*wal*/*":
+            refused = said("dry", place, count)
+        if refused.error:  # as it says: its file is moved away
+            found.unclear += "move a file that is damaged away" not in refused.error
+            for path in [path for file in harmed for path in place.rglob(file)]:
+                path.unlink()
+        repaired(name, place, count, found, harmed=harmed, refused=refused)
 
 
 def taken(folder: Path, count: int, found: Storage) -> None:
