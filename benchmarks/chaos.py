@@ -18,8 +18,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import faults, overload
+from benchmarks import faults, ingest, ingest_faults, ingest_rates, overload
 from benchmarks.fuzz import fuzz
+from benchmarks.ingest_storage import storage
 from benchmarks.promotions import every_promotion
 from benchmarks.soak import soak
 from benchmarks.workload import built_in_queries, queries_from_csv
@@ -38,6 +39,7 @@ class House:
     release: Path
     texts: Sequence[str]
     products: Sequence[tuple[str, bytes]]
+    source: Path
     log: IO[str]
 
 
@@ -71,6 +73,17 @@ def scenario(run: Callable[..., Any]) -> Callable[[House, int], Counts]:
     return lambda house, size: asdict(run(house.release, size, log=house.log))
 
 
+def kills(run: Callable[..., ingest.Kills], most: int) -> Row:
+    """A row of `ingest.py`, with as much of its source as of its `most` kills."""
+
+    def killed(house: House, size: int) -> Counts:
+        products = max(FEWEST_PRODUCTS, ingest.PRODUCTS * size // most)
+        return asdict(run(house.release, house.source, size, products, house.log))
+
+    return Row(most, killed, none_of(*ingest.WRONG, "failed_runs"))
+
+
+FEWEST_PRODUCTS = 40
 ROWS: dict[str, Row] = {
     "stub_kills": Row(100, scenario(faults.stub_kills), none_of("wrong", "late_failures")),
     "server_kills": Row(20, scenario(faults.server_kills), none_of("wrong", "late_failures")),
@@ -97,6 +110,37 @@ ROWS: dict[str, Row] = {
         lambda house, size: soak(house.release, house.texts, size, size / 4, house.log),
         none_of("grew"),
     ),
+    "push_kills_lite": kills(ingest.push_kills_lite, 200),
+    "push_kills_server": kills(ingest.push_kills_server, 40),
+    "milvus_kills": kills(ingest.milvus_kills, 20),
+    "second_push": Row(
+        ingest_rates.MANY,
+        lambda house, size: ingest_rates.second_push(house.release, house.source, size, house.log),
+        lambda counts: counts["time_ratio"] <= 0.05 and not counts["encoded_again"],
+    ),
+    "push_rate": Row(
+        ingest_rates.RATE_ROWS,
+        lambda house, size: ingest_rates.push_rate(house.release, house.source, size, house.log),
+        lambda counts: counts["ratio"] >= 0.9,
+    ),
+    "million_rows": Row(
+        ingest_rates.MILLION,
+        lambda house, size: ingest_rates.million_rows(size, house.log),
+        lambda counts: counts["grew_mb"] <= 300 and counts["there"] == counts["rows"],
+    ),
+    "outages": Row(
+        30,
+        lambda house, size: ingest_faults.outages(house.release, house.source, size, log=house.log),
+        none_of("wrong", "hanging"),
+    ),
+    "hostile": Row(
+        300,
+        lambda house, size: ingest_faults.hostile_everywhere(size, house.log),
+        none_of("read", "missed", "harmed"),
+    ),
+    "storage": Row(
+        3000, lambda house, size: asdict(storage(size)), none_of("lost", "unclear", "unseen")
+    ),
 }
 
 
@@ -118,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, Counts]:
     source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
     found: dict[str, Counts] = {}
     with args.log.open("w", encoding="utf-8") as log:
-        house = House(args.release, texts, overload.products_of(source), log)
+        house = House(args.release, texts, overload.products_of(source), source, log)
         for name in args.row or ROWS:
             row, start = ROWS[name], time.monotonic()
             try:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from deploy.milvus import MilvusServer, milvus_server
 from deploy.server import triton
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
-from retrieval_contract.errors import RetrievalError
 
 PRODUCTS = 5000
 """In the source at any time."""
@@ -35,7 +34,8 @@ CHANGED, PRICED, GONE = 0.012, 0.06, 0.004
 """Shares of the source, a round: titles, prices alone; gone, and as many new ones."""
 WITH_PHOTO = 0.7
 SPAN_S = 9.0
-"""A push is killed at any moment of so many seconds after it began to read its source."""
+"""A push is killed at any moment of so many seconds after it began to read its source; later, at
+any moment of what the last one took that nobody disturbed."""
 KILLS = (4, 12)
 """In a round, fewest and most."""
 PUSH_S = 1800.0
@@ -111,6 +111,7 @@ class Kills:
     encoded: int = 0
     renewed: int = 0
     deleted: int = 0
+    span_s: float = SPAN_S
     lost: int = 0
     surplus: int = 0
     duplicate: int = 0
@@ -160,8 +161,9 @@ def start_push(settings: Settings, source: Path, log: IO[str]) -> subprocess.Pop
 
 def undisturbed(settings: Settings, shelf: Shelf, found: Kills, log: IO[str]) -> None:
     """One push to its end, and a look at everything."""
-    process = start_push(settings, shelf.path, log)
+    process, started = start_push(settings, shelf.path, log), time.monotonic()
     said, _ = process.communicate(timeout=PUSH_S)
+    found.span_s = max(1.0, min(SPAN_S * 4, time.monotonic() - started))
     if process.returncode:
         found.failed_runs += 1
         found.errors.append(f"a push that nobody disturbed: {said}")
@@ -182,7 +184,7 @@ def kill_push(
 ) -> None:
     """SIGKILL at a random moment."""
     try:
-        process.wait(rng.uniform(0, SPAN_S))
+        process.wait(rng.uniform(0, found.span_s))
         found.ended += 1
     except subprocess.TimeoutExpired:
         process.kill()
@@ -253,7 +255,7 @@ def milvus_kills(
         def kill_milvus(
             process: subprocess.Popen[str], settings: Settings, rng: random.Random, found: Kills
         ) -> None:
-            time.sleep(rng.uniform(0, SPAN_S))
+            time.sleep(rng.uniform(0, found.span_s))
             if process.poll() is not None:
                 found.ended += 1
             else:
@@ -279,14 +281,3 @@ def _server_of(
     )
     server = stack.enter_context(triton(release, log=log))
     return place, Settings(triton=server.grpc_address, milvus=milvus.uri), milvus
-
-
-def none_wrong(counts: Sequence[str] = WRONG) -> Callable[[Any], bool]:
-    """What every row of kills promises."""
-    return lambda found: not any(found[name] for name in (*counts, "failed_runs"))
-
-
-def require_photos(source: Path) -> None:
-    """RetrievalError unless there is something to see in the source."""
-    if not any(row.image for row in itertools.islice(Source(source).rows(), 100)):
-        raise RetrievalError(f"{source}: expected products with photos, got none; give another")

@@ -31,7 +31,8 @@ from retrieval_contract.errors import RetrievalError
 RELEASE, DIM = "c" * 16, 64
 ROWS = 3000
 WORDS = "an attribute that takes some room, as real ones do, " * 8
-SMALL_MB, LARGE_MB = 6, 256
+SMALL_BYTES, LARGE_MB = 600, 256
+"""A row, where the disk is to become full; and of the whole, where there is room."""
 NAMESPACE = ["unshare", "--mount", "--map-root-user"]
 
 
@@ -169,8 +170,14 @@ def torn(folder: Path, count: int, found: Storage) -> None:
             said("push", place, count)
         else:
             unflushed(place, count)
-        harmed = harm(place, pattern)
-        repaired(name, place, count, found, harmed=harmed)
+        harmed, refused = harm(place, pattern), Said()
+        if pattern != "*wal*/*":
+            refused = said("dry", place, count)
+        if refused.error:  # as it says: its file is moved away
+            found.unclear += "move a file that is damaged away" not in refused.error
+            for path in [path for file in harmed for path in place.rglob(file)]:
+                path.unlink()
+        repaired(name, place, count, found, harmed=harmed, refused=refused)
 
 
 def taken(folder: Path, count: int, found: Storage) -> None:
@@ -205,7 +212,7 @@ def mounted(what: str, folder: Path, count: int) -> Storage:
         subprocess.run(["mount", *options, str(place.parent)], check=True)
 
     if what == "full":
-        mount("-t", "tmpfs", "-o", f"size={SMALL_MB}m", "none")
+        mount("-t", "tmpfs", "-o", f"size={SMALL_BYTES * count}", "none")
         refused = said("push", place, count)
         found.unclear += not refused.error
         reads = said("search", place, count)

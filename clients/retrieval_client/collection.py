@@ -26,6 +26,7 @@ from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogError,
     CatalogUnavailable,
+    CollectionGone,
     ContractError,
     ItemError,
     Reason,
@@ -156,8 +157,11 @@ class Collection:
 
     def flush(self) -> None:
         """Seal what was written: on Lite it becomes durable and searches become fast."""
-        with self.milvus.errors("flush"):
-            self.milvus.client.flush(self.name, timeout=self.milvus.write_timeout_s)
+        try:
+            with self.milvus.errors("flush"):
+                self.milvus.client.flush(self.name, timeout=self.milvus.write_timeout_s)
+        except CatalogError as exc:
+            raise self._recovering(exc) from exc
         self.load()
 
     def delete(self, ids: Sequence[str]) -> list[str]:
@@ -178,16 +182,24 @@ class Collection:
                 with self.milvus.errors(f"load {self.name}"):
                     self.milvus.client.load_collection(self.name, timeout=deadline.left_s)
                 return
-            except CatalogUnavailable:
-                raise
             except CatalogError as exc:
-                if deadline.passed:  # pymilvus has no code for that
-                    raise CatalogUnavailable(f"{exc}; wait until it is loaded") from exc
-                if not self.milvus.lite or attempt == LOADS:
-                    raise
+                if not self.milvus.lite or deadline.passed:
+                    raise self._recovering(exc) from exc
+                if attempt == LOADS:
+                    raise CatalogError(
+                        f"{exc}; move a file that is damaged away, and push again: only what it "
+                        "held is encoded anew"
+                    ) from exc
                 time.sleep(0.05 * attempt)
                 if attempt == LOADS - 1:
                     self._forget_indexes()
+
+    def _recovering(self, error: CatalogError) -> CatalogError:
+        """A flush or load has nothing that could be wrong with it: where the collection is there,
+        what fails is a server that starts, or recovers, which it says in many ways."""
+        if self.milvus.lite or isinstance(error, CatalogUnavailable | CollectionGone):
+            return error
+        return CatalogUnavailable(f"{error}; wait until it has recovered, and see its log")
 
     def _forget_indexes(self) -> None:
         """A kill while Lite wrote an index leaves half a file; from the rows it makes another."""

@@ -28,7 +28,7 @@ from retrieval_contract.errors import ContractError, TooMuchToDelete
 from retrieval_contract.tensors import Array
 
 WRITE_ROWS, WRITE_S = 1024, 2.0
-"""What is encoded is written once there are so many rows, or once one has waited so long: a kill
+"""What is encoded is written once there are so many rows, or so long after the last write: a kill
 costs no more than that, however slow the encoder is."""
 LOOK_UP_ROWS = 512
 SEAL_ROWS = 5000
@@ -86,7 +86,7 @@ class Feed:
         """Waiting to be encoded."""
         self._ready: list[ProductRow] = []
         self._weight = self._unsealed = 0
-        self._first = 0.0
+        self._written = time.monotonic()
         self._book, self._plan, self._patiently, self._whole = book, plan, patiently, whole
         if whole:
             self._read_all()
@@ -136,6 +136,7 @@ class Feed:
         before = self.fed.stored
         self.pending += encode
         self.pending += self._renew(renew) if renew else []
+        self.write_due()
         return len(candidates) - len(encode) - len(renew) + self.fed.stored - before
 
     def _renew(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -159,8 +160,6 @@ class Feed:
 
     def make_ready(self, row: Candidate, vector: Array, picture: bytes) -> int:
         """To be written, with others; returns how many rows were written now."""
-        if not self._ready:
-            self._first = time.monotonic()
         self._ready.append(
             ProductRow(
                 row.id,
@@ -174,7 +173,6 @@ class Feed:
         )
         self._weight += len(picture) + len(row.title) + len(json.dumps(row.attributes))
         full = len(self._ready) >= WRITE_ROWS or self._weight >= BATCH_BYTES
-        full = full or time.monotonic() - self._first >= WRITE_S
         return self.write() if full else 0
 
     def write(self) -> int:
@@ -183,11 +181,15 @@ class Feed:
         self._patiently(lambda: self.collection.upsert(self._ready))
         self.fed.stored += count
         self._unsealed += count
-        self._ready, self._weight = [], 0
+        self._ready, self._weight, self._written = [], 0, time.monotonic()
         if self._unsealed >= SEAL_ROWS and self.collection.milvus.lite:
             self._patiently(self.collection.flush)
             self._unsealed = 0
         return count
+
+    def write_due(self) -> int:
+        """As `write`, where the last one was WRITE_S ago."""
+        return self.write() if time.monotonic() - self._written >= WRITE_S else 0
 
     def finish(self) -> None:
         """Delete what the source lacks, where that is the plan; flush, and see for ourselves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,8 @@ class Milvus:
             with self.errors(what, deadline):
                 return call()
 
+        if self.lite:  # this process itself: never away, and slow to open where it holds much
+            return asked()
         try:
             return self._calls.submit(asked).result(deadline.left_s)
         except Late as exc:
@@ -98,6 +101,11 @@ class Milvus:
         try:
             return milvus_client(self._settings)
         except Exception as exc:
+            if self.lite and self.exists and not os.access(self.uri, os.W_OK):
+                raise CatalogUnavailable(
+                    f"Milvus Lite at {self.uri}: expected a folder that can be written, to read "
+                    "it as well; got one that cannot: change that, or copy it elsewhere (--milvus)"
+                ) from exc
             if self.lite:  # one message of pymilvus covers every cause
                 raise CatalogUnavailable(
                     f"Milvus Lite at {self.uri}: cannot be opened ({exc}); another process "

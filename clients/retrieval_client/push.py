@@ -246,4 +246,5 @@ class Push:
             self.report.settled += feed.make_ready(
                 row, answer.encoded.vectors[i], answer.pictures[i]
             )
+        self.report.settled += feed.write_due()
         self._progress(self.report)

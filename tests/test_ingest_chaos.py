@@ -1,0 +1,116 @@
+"""Short versions of what `make chaos` does to ingestion."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ingest import Kills, Shelf, kill_push, kills
+from benchmarks.ingest_faults import hostile
+from benchmarks.ingest_rates import pushed
+from benchmarks.ingest_state import compare
+from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, unflushed
+from benchmarks.stand_in import StandIns
+from deploy.rendered.catalog import write_rendered_catalog
+from deploy.server import Server
+from retrieval_client import Catalog, Settings
+from retrieval_client.push import Push
+from retrieval_client.sources import SourceRow
+from retrieval_contract.errors import CatalogUnavailable
+from tests.conftest import ROOT
+
+
+def test_killed_pushes_lose_nothing(triton: Server, tmp_path: Path) -> None:
+    source = write_rendered_catalog(tmp_path / "drawn", products=60, progress=False)
+    settings = Settings(triton=triton.grpc_address, milvus=str(tmp_path / "catalog.db"))
+    shelf = Shelf(tmp_path / "shelf", source, 40)
+    with (tmp_path / "log").open("w") as log:
+        found = kills(settings, shelf, 2, kill_push, 2, log)
+    assert found.kills == 2
+    assert found.checks >= 1
+    assert found.rows_checked == 40 * found.checks
+    blank = Kills(trials=2, kills=2, ended=found.ended, checks=found.checks)
+    blank.rows_checked, blank.disk_mb = found.rows_checked, found.disk_mb
+    blank.span_s = found.span_s
+    blank.encoded, blank.renewed, blank.deleted = found.encoded, found.renewed, found.deleted
+    assert found == blank, "nothing wrong, no push that failed"
+
+
+def test_the_comparison_sees_what_is_wrong(
+    triton: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rendered_catalog(tmp_path / "drawn", products=60, progress=False)
+    settings = Settings(triton=triton.grpc_address, milvus=str(tmp_path / "catalog.db"))
+    shelf = Shelf(tmp_path / "shelf", source, 20)
+    ids = [product["id"] for product in shelf.there]
+    stand_ins = StandIns(triton.release.release_id, vector_dim=triton.release.vector_dim)
+    lines = shelf.path.read_text().splitlines()
+    rows = [
+        SourceRow(product["id"], product["title"].encode(), attributes={"price": 0})
+        for product in map(json.loads, lines[1:])
+    ]
+    with Catalog(settings) as catalog:
+        Push(settings, stand_ins, catalog).run([*rows, SourceRow("more", b"more")])
+        state = asdict(compare(settings, shelf.path))
+    assert (state["rows"], state["lost"], state["surplus"], state["stale"]) == (20, 1, 1, 19)
+    assert state["wrong_vector"] == state["unfound"] == 19, "none is the encoder's"
+    assert f"lost: {ids[0]}" in state["examples"]
+
+
+def test_hostile_words_read_and_harm_nobody(milvus: Settings) -> None:
+    found = hostile(milvus, 40)
+    assert found.stored > 20
+    assert found.refused >= 1, "65,536 characters of quotes are too many"
+    assert (found.read, found.missed, found.harmed, found.examples) == (0, 0, 0, [])
+
+
+@pytest.mark.parametrize(("pattern", "flushed"), [("*wal*/*", False), ("*.idx", True)])
+def test_a_torn_store_is_seen_and_repaired(tmp_path: Path, pattern: str, flushed: bool) -> None:
+    place, found = tmp_path / "catalog.db", Storage()
+    if flushed:
+        command = [sys.executable, "-m", "benchmarks.ingest_storage", "push", str(place)]
+        subprocess.run([*command, "--rows", "300"], cwd=ROOT, check=True)
+    else:
+        unflushed(place, 300)
+    harmed = cut(place, pattern)
+    repaired("torn", place, 300, found, harmed=harmed)
+    assert (found.trials, found.unclear, found.unseen, found.lost) == (1, 0, 0, 0), found
+    if pattern == "*wal*/*":
+        assert harmed
+        assert found.seen["torn"]["gone"] > 0, "else the test shows nothing"
+
+
+@pytest.mark.parametrize("what", ["full", "readonly"])
+def test_a_disk_that_cannot_be_written_is_said_and_loses_nothing(tmp_path: Path, what: str) -> None:
+    if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
+        pytest.skip("expected mount namespaces, this machine has none")
+    command = [*NAMESPACE, sys.executable, "-m", "benchmarks.ingest_storage", what, str(tmp_path)]
+    done = subprocess.run([*command, "--rows", "500"], cwd=ROOT, capture_output=True, text=True)
+    found = Storage(**json.loads(done.stdout.splitlines()[-1]))
+    assert (found.trials, found.unclear, found.unseen, found.lost) == (1, 0, 0, 0), found
+    (seen,) = found.seen.values()
+    assert seen["refused"]["error"], "else the test shows nothing"
+
+
+def test_a_milvus_that_never_answers_keeps_nobody_past_the_deadline() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        settings = Settings(milvus=f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.7)
+        catalog, started = Catalog(settings), time.monotonic()
+        with pytest.raises(CatalogUnavailable, match=r"no answer within 0\.7 s"):
+            catalog.serving()
+        assert time.monotonic() - started < 0.7 + 0.5
+
+
+def test_a_long_push_is_counted_and_needs_little(tmp_path: Path) -> None:
+    found = pushed(str(tmp_path / "catalog.db"), 3000)
+    assert (found["stored"], found["there"], found["left"]) == (3000, 3000, 0)
+    assert found["grew_mb"] < 300

@@ -1,0 +1,189 @@
+"""What a push relies on: whole passes, releases side by side, the window, the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stand_in import StandIns
+from retrieval_client import Settings
+from retrieval_client.catalog import Role
+from retrieval_client.feed import LOOK_UP_ROWS, Plan
+from retrieval_client.sources import Source, SourceRow
+from retrieval_client.window import FEWEST, FIRST, MOST, Window
+from retrieval_contract.errors import (
+    CatalogError,
+)
+from tests.conftest import ROOT
+from tests.shop import OTHER, RELEASE, Shop, candidate, row
+
+
+@pytest.fixture(scope="module")
+def place(backend: Callable[[], Settings]) -> Shop:
+    """One for all tests of this file."""
+    shop = Shop(backend())
+    shop.catalog.prepare(RELEASE, 8)
+    return shop
+
+
+@pytest.fixture
+def shop(place: Shop) -> Shop:
+    """That one, empty."""
+    return place.empty()
+
+
+# ── a pass over everything ───────────────────────────────────────────────────────────────
+def test_a_pass_reads_every_row_once_whatever_the_ids(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quotes and backslashes where a step ends: an id must not bend the next step."""
+    monkeypatch.setattr("retrieval_client.collection.PASS_ROWS", 10)
+    hostile = ['q"uote', "back\\slash", "apos'trophe", 'x" or id != "', "é", "👟", "%", "\\"]
+    ids = [f"{i}{at}" for at in range(12) for i in hostile] + [
+        f"{at}{i}" for at, i in enumerate(hostile)
+    ]
+    shop.push([SourceRow(i, b"title") for i in ids])
+    steps = list(shop.collection.every(["title"]))
+    found = [row["id"] for step in steps for row in step]
+    assert len(steps) > 5
+    assert sorted(found) == sorted(ids)
+    some = [r["id"] for step in shop.collection.every([], "bucket < 500") for r in step]
+    assert 0 < len(some) < len(ids)
+    assert set(some) < set(ids)
+
+
+def test_a_step_that_is_too_large_is_halved(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.push([row(at) for at in range(100)])
+    monkeypatch.setattr("retrieval_client.collection.MAX_RESULTS", 20)
+    found = [r["id"] for step in shop.collection.every([]) for r in step]
+    assert sorted(found) == sorted(f"p{at}" for at in range(100))
+    monkeypatch.setattr("retrieval_client.collection.MAX_RESULTS", 1)
+    with pytest.raises(CatalogError, match="spread them over several catalogs"):
+        list(shop.collection.every([]))
+
+
+# ── releases side by side ────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("role", [Role.CANDIDATE, Role.PREVIOUS])
+def test_every_live_release_is_fed_with_its_own_vectors(shop: Shop, role: Role) -> None:
+    rows = [row(at, price=at) for at in range(40)]
+    with candidate(shop, role) as second:
+        report = shop.push(rows)
+        assert {r: fed.stored for r, fed in report.fed.items()} == {RELEASE: 40, OTHER: 40}
+        assert report.settled == 80
+        there, here = shop.rows(second), shop.rows()
+        assert {len(r["vector"]) for r in there.values()} == {12}
+        assert {len(r["vector"]) for r in here.values()} == {8}
+        assert all(r["content_hash"].startswith(f"{OTHER}:") for r in there.values())
+        report = shop.push([row(at, price=at + 1) for at in range(1, 40)], Plan(sync=True))
+        assert (report.encoded, report.renewed, report.deleted) == (0, 78, 2)
+
+
+def test_a_release_that_begins_during_a_push_is_fed_from_then_on(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrieval_client.push.LIVE_TTL_S", 0.0)
+    beside = candidate(shop)
+
+    def rows() -> Iterator[SourceRow]:
+        for at in range(3 * LOOK_UP_ROWS):
+            if at == LOOK_UP_ROWS + 10:
+                beside.__enter__()
+            yield row(1 + 3 * at)
+
+    try:
+        report = shop.push(rows())
+        assert report.fed[RELEASE].stored == 3 * LOOK_UP_ROWS
+        assert 0 < report.fed[OTHER].stored < 3 * LOOK_UP_ROWS
+    finally:
+        beside.__exit__()
+
+
+def test_a_first_push_makes_the_collection_and_only_if_one_release_is_served(
+    backend: Callable[[], Settings],
+) -> None:
+    shop = Shop(backend())
+    shop.encoders = StandIns(RELEASE, OTHER)
+    with pytest.raises(Exception, match="expected one release for a new catalog"):
+        shop.push([row(1)])
+    assert shop.push([row(1)], Plan(dry=True)).encoded == 1
+    shop.encoders = StandIns(RELEASE)
+    assert shop.push([row(1)]).stored == 1
+    assert shop.collection.info.release_id == RELEASE
+    shop.catalog.milvus.client.drop_alias(shop.settings.collection)
+    assert shop.catalog.find() is None, "the alias vanished"
+    assert shop.push([row(1), row(2)]).unchanged == 1, "what it pointed to is taken up again"
+
+
+# ── the window ───────────────────────────────────────────────────────────────────────────
+def answer(window: Window, rates: Sequence[float]) -> list[int]:
+    """Sizes, as a server answers at these rates (requests a second) in turn."""
+    now, sizes = window._since, []
+    for rate in rates:
+        for _ in range(4 * window.size):
+            now += 1 / rate
+            window.answered(1, now)
+        sizes.append(window.size)
+    return sizes
+
+
+def test_the_window_grows_while_that_makes_it_faster_and_not_beyond() -> None:
+    window = Window()
+    assert answer(window, [10, 12, 14, 16]) == [FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4]
+    assert answer(window, [16]) == [FIRST + 3], "wider was no faster: back"
+    assert answer(window, [16, 16, 16])[-1] == FIRST + 3
+    assert max(answer(window, [20 * 1.2**n for n in range(60)])) == MOST
+
+
+def test_the_window_shrinks_when_the_server_is_full() -> None:
+    window = Window(20)
+    window.refused()
+    assert window.size == 10
+    for _ in range(9):
+        window.refused()
+    assert window.size == FEWEST
+    assert answer(window, [10, 20])[-1] == FEWEST + 2, "and grows again"
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────
+def test_stdin_is_a_source_and_a_limit_is_no_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = b'{"id": "a", "title": "red"}\n\n{broken\n{"id": "b", "title": "blue", "price": 2}\n'
+    stdin = io.TextIOWrapper(io.BytesIO(lines))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    source = Source(Path("-"))
+    assert source.rows_expected is None
+    rows = list(source.rows())
+    assert [r.id for r in rows] == ["a", "", "b"]
+    assert rows[1].problem
+    command = [sys.executable, "-m", "retrieval_client", "push", "-", "--sync", "--limit", "3"]
+    done = subprocess.run(command, cwd=ROOT, input=b"", capture_output=True)
+    assert done.returncode == 1
+    assert b"--sync: expected the whole source, got --limit" in done.stderr
+
+
+def test_a_full_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sqlite3
+
+    from retrieval_client.book import Book
+    from retrieval_contract.errors import RetrievalError
+
+    with pytest.raises(RetrievalError, match=r"temporary file.*SQLITE_TMPDIR"), Book():
+        raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_refused_rows_are_listed_in_their_file(tmp_path: Path) -> None:
+    from retrieval_client.commands.shared import rejects_file
+    from retrieval_client.rows import Reject
+
+    with rejects_file(tmp_path / "none.jsonl"):
+        pass
+    assert not (tmp_path / "none.jsonl").exists()
+    with rejects_file(tmp_path / "some.jsonl") as file:
+        print(Reject("é\ud800", "nul", "x").to_json(), file=file)
+    (line,) = (tmp_path / "some.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"id": "é\ud800", "code": "nul", "detail": "x"}
