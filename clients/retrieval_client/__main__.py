@@ -1,4 +1,4 @@
-"""retrieval push | search | status | probe | delete: the command line of the client library.
+"""retrieval push, search, index, status, probe, delete: the command line of the client library.
 
 Exit codes: 0 all done, 1 an error (said on stderr), 3 some rows or ids were refused or unknown.
 """
@@ -10,13 +10,13 @@ import json
 import logging
 import sys
 
-from retrieval_client.commands import push, search, status
+from retrieval_client.commands import index, push, search, status
 from retrieval_client.commands.shared import EXIT_ERROR, console
 from retrieval_client.settings import Settings, traces_wanted
 from retrieval_client.tracing import export_spans
 from retrieval_contract.errors import RetrievalError
 
-GROUPS = (push, search, status)
+GROUPS = (push, search, index, status)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ NORM_TOLERANCE = 1e-3
 MAX_RESULTS = 16384
 PASS_ROWS, PASS_BYTES = 8192, 32_000_000
 """A step of a pass over all rows; a step costs Milvus Lite a look at every row."""
+SEARCH_PARAMS, FILTERED_PARAMS = "search_params", "filtered_params"
+"""The properties of a collection that say how its index is searched, without and with a condition:
+JSON, see `index.tune`."""
 LOADS = 4
 """Attempts to load: Milvus Lite may still be writing the file of an index that it reads."""
 
@@ -91,11 +94,21 @@ class Collection:
 
     def __init__(self, milvus: Milvus, info: CollectionInfo) -> None:
         self.milvus, self.info = milvus, info
+        self._params: dict[bool, dict[str, int]] = {
+            filtered: json.loads(info.properties.get(name, "{}"))
+            for filtered, name in ((False, SEARCH_PARAMS), (True, FILTERED_PARAMS))
+        }
 
     @property
     def name(self) -> str:
         """As Milvus calls it."""
         return self.info.name
+
+    def tuned(self, params: Mapping[str, int]) -> Collection:
+        """The same, searched with other parameters of its index."""
+        said = dict.fromkeys((SEARCH_PARAMS, FILTERED_PARAMS), json.dumps(params))
+        properties = {**self.info.properties, **said}
+        return Collection(self.milvus, replace(self.info, properties=properties))
 
     # ── writing ──────────────────────────────────────────────────────────────────────────
     def upsert(self, rows: Sequence[ProductRow]) -> None:
@@ -215,6 +228,7 @@ class Collection:
                 self.name,
                 list(np.ascontiguousarray(vectors, np.float32)),
                 anns_field=VECTOR.name,
+                search_params=self._search_params(ask),
                 limit=ask.limit,
                 filter=ask.condition,
                 output_fields=fields,
@@ -222,6 +236,13 @@ class Collection:
                 timeout=deadline.left_s,
             )
         return [[hit_from_milvus(hit) for hit in hits] for hits in found]
+
+    def _search_params(self, ask: Ask) -> dict[str, Any]:
+        """A search of a graph must look at no fewer rows (`ef`) than it shall return."""
+        params = self._params[bool(ask.condition)]
+        if params.get("ef", ask.limit) < ask.limit:
+            params = {**params, "ef": ask.limit}
+        return {"params": params} if params else {}
 
 
 def field_parameters(declared: Field, vector_dim: int) -> dict[str, int | bool]:
