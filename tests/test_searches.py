@@ -154,7 +154,7 @@ def test_a_search_that_milvus_does_not_finish_in_time_is_told_from_a_milvus_that
     away = Collection(nobody, CollectionInfo("products", RELEASE, DIM))
     searches = Searches()
     with ThreadPoolExecutor(3) as pool:
-        calls = [asks(pool, searches, away, vector_of(n), 5.0) for n in range(3)]
+        calls = [asks(pool, searches, away, vector_of(n), 30.0) for n in range(3)]
         for call in calls:
             with pytest.raises(CatalogUnavailable, match="see that it runs"):
                 call.result()

@@ -1,4 +1,4 @@
-"""retrieval push | bulk | search | status | probe | delete: the command line of the client library.
+"""retrieval: push, audit, search and release a catalog; the command line of the client library.
 
 Exit codes: 0 all done, 1 an error (said on stderr), 3 some rows or ids were refused or unknown.
 """
@@ -10,13 +10,13 @@ import json
 import logging
 import sys
 
-from retrieval_client.commands import audit, bulk, push, release, search, status
+from retrieval_client.commands import audit, bulk, index, push, release, search, status
 from retrieval_client.commands.shared import EXIT_ERROR, console
 from retrieval_client.settings import Settings, traces_wanted
 from retrieval_client.tracing import export_spans
 from retrieval_contract.errors import RetrievalError
 
-GROUPS = (push, bulk, audit, search, release, status)
+GROUPS = (push, bulk, audit, search, index, release, status)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ from retrieval_client.collection import (
     field_parameters,
 )
 from retrieval_client.deadline import Deadline
+from retrieval_client.index import flat, graph
 from retrieval_client.milvus import Milvus
 from retrieval_client.settings import Settings
 from retrieval_contract import models
@@ -214,14 +215,13 @@ class Catalog:
         return found
 
     def _indexes(self, words: bool) -> list[dict[str, Any]]:
-        vectors = "HNSW" if Feature.HNSW in self.milvus.backend.features else "FLAT"
-        params = {"M": 16, "efConstruction": 200} if vectors == "HNSW" else {}
+        vectors = graph() if Feature.HNSW in self.milvus.backend.features else flat()
         wanted: list[dict[str, Any]] = [
             {
                 "field_name": VECTOR.name,
-                "index_type": vectors,
+                "index_type": vectors.kind,
                 "metric_type": models.PRODUCTS.metric,
-                "params": params,
+                "params": dict(vectors.params),
             }
         ]
         wanted += [

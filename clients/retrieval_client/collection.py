@@ -42,6 +42,9 @@ NORM_TOLERANCE = 1e-3
 MAX_RESULTS = 16384
 PASS_ROWS, PASS_BYTES = 16_000, 32_000_000
 """A step of a pass over all rows; a step costs Milvus Lite a look at every row."""
+SEARCH_PARAMS, FILTERED_PARAMS = "search_params", "filtered_params"
+"""The properties of a collection that say how its index is searched, without and with a condition:
+JSON, see `index.tune`."""
 LOADS = 4
 """Attempts to load: Milvus Lite may still be writing the file of an index that it reads."""
 
@@ -138,11 +141,21 @@ class Collection:
 
     def __init__(self, milvus: Milvus, info: CollectionInfo) -> None:
         self.milvus, self.info = milvus, info
+        self._params: dict[bool, dict[str, int]] = {
+            filtered: json.loads(info.properties.get(name, "{}"))
+            for filtered, name in ((False, SEARCH_PARAMS), (True, FILTERED_PARAMS))
+        }
 
     @property
     def name(self) -> str:
         """As Milvus calls it."""
         return self.info.name
+
+    def tuned(self, params: Mapping[str, int]) -> Collection:
+        """The same, searched with other parameters of its index."""
+        said = dict.fromkeys((SEARCH_PARAMS, FILTERED_PARAMS), json.dumps(params))
+        properties = {**self.info.properties, **said}
+        return Collection(self.milvus, replace(self.info, properties=properties))
 
     # ── writing ──────────────────────────────────────────────────────────────────────────
     def upsert(self, rows: Sequence[ProductRow]) -> None:
@@ -312,6 +325,7 @@ class Collection:
                 self.name,
                 data,
                 anns_field=field,
+                search_params=self._search_params(ask) if field == VECTOR.name else {},
                 limit=ask.limit,
                 offset=ask.offset,
                 filter=ask.condition,
@@ -323,6 +337,13 @@ class Collection:
 
         found = self.milvus.within(deadline, f"search {self.name}", ask_milvus)
         return [[hit_from_milvus(hit) for hit in hits] for hits in found]
+
+    def _search_params(self, ask: Ask) -> dict[str, Any]:
+        """A search of a graph must look at no fewer rows (`ef`) than it shall return."""
+        params = self._params[bool(ask.condition)]
+        if params.get("ef", (last := ask.limit + ask.offset)) < last:
+            params = {**params, "ef": last}
+        return {"params": params} if params else {}
 
 
 def field_parameters(declared: Field, vector_dim: int) -> dict[str, int | bool]:
