@@ -106,7 +106,9 @@ def graph_of(release: Path, model: Model, version: int) -> OnnxGraph:
     return OnnxGraph(folder / models.ONNX_FILE, threads=1)
 
 
-def query_work(folder: Path, release: Release, queries: Sequence[str]) -> Work:
+def query_work(
+    folder: Path, release: Release, queries: Sequence[str], sizes: Sequence[int]
+) -> Work:
     """Texts → vectors."""
     graph = graph_of(folder, models.QUERY_TOWER, release.version)
     preprocess = TextPreprocessor(
@@ -118,10 +120,10 @@ def query_work(folder: Path, release: Release, queries: Sequence[str]) -> Work:
         return graph({models.QUERY_IDS.name: batch.ids, models.QUERY_MASK.name: batch.mask})
 
     rows = [(queries[at % len(queries)].encode(),) for at in range(SAMPLE)]
-    return Work(models.QUERY_ENCODER, rows, run, best_batch(run, rows))
+    return Work(models.QUERY_ENCODER, rows, run, best_batch(run, rows, sizes))
 
 
-def product_work(folder: Path, release: Release, source: Path) -> Work:
+def product_work(folder: Path, release: Release, source: Path, sizes: Sequence[int]) -> Work:
     """Title and image file → vectors."""
     graph = graph_of(folder, models.PRODUCT_TOWER, release.version)
     preprocess = ProductPreprocessor(
@@ -134,7 +136,7 @@ def product_work(folder: Path, release: Release, source: Path) -> Work:
 
     good = (row for row in Source(source).rows() if row.problem is None)
     rows = [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
-    return Work(models.PRODUCT_ENCODER, rows, run, best_batch(run, rows))
+    return Work(models.PRODUCT_ENCODER, rows, run, best_batch(run, rows, sizes))
 
 
 def _tokenizer(folder: Path, model: Model, release: Release) -> str:
@@ -142,10 +144,10 @@ def _tokenizer(folder: Path, model: Model, release: Release) -> str:
     return path.read_text("utf-8")
 
 
-def best_batch(run: Run, rows: Sequence[Row]) -> int:
-    """The one of BATCHES that takes the least time a row, by medians of three."""
+def best_batch(run: Run, rows: Sequence[Row], sizes: Sequence[int]) -> int:
+    """The one of them that takes the least time a row, by medians of three."""
     return max(
-        BATCHES,
+        sizes,
         key=lambda size: statistics.median(limit_rate(run, rows, size, 0.3) for _ in range(3)),
     )
 
@@ -250,6 +252,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
     top.add_argument("--in-flight", type=int, action="append", help=f"default: {IN_FLIGHT}")
     top.add_argument("--rows", type=int, action="append", help=f"of a request; default: {ROWS}")
+    top.add_argument(
+        "--batch", type=int, action="append", help=f"rows of a run here; default: best of {BATCHES}"
+    )
     top.add_argument("--rounds", type=int, default=5)
     top.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
     top.add_argument("--product-seconds", type=float, default=10.0, help="the same, for products")
@@ -267,8 +272,9 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     release = Release.load(args.release)
     os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
     with on_core(cores[0]):
-        asked = query_work(args.release, release, queries)
-        pushed = product_work(args.release, release, source)
+        sizes = args.batch or BATCHES
+        asked = query_work(args.release, release, queries, sizes)
+        pushed = product_work(args.release, release, source, sizes)
     log_path = Path("build") / "limit.log"
     with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
         pin(server.process.pid, cores[0])

@@ -45,6 +45,7 @@ from export.parity import (
     onnx_runtime,
     parity,
     reference,
+    torch_vectors,
 )
 from export.surgery import operate
 from retrieval_contract import models
@@ -111,9 +112,10 @@ def write_tower(
     islands = list(dict.fromkeys([*islands_of(typed(graph)), *more_islands]))
     half = half_of(graph, islands)
     tried = list(cases(model, towers))
+    wanted = [torch_vectors(towers, model, inputs) for inputs in tried]
     proofs = {
-        "ONNX FP32": parity(towers, model, onnx_runtime(graph), EXACT, tried),
-        "ONNX FP16": parity(towers, model, onnx_runtime(half), HALF, tried),
+        "ONNX FP32": parity(towers, model, onnx_runtime(graph), EXACT, tried, wanted),
+        "ONNX FP16": parity(towers, model, onnx_runtime(half), HALF, tried, wanted),
         "ONNX FP16, reference": parity(towers, model, reference(half), HALF_REFERENCE, few(tried)),
     }
     onnx.save(graph, folder / graph_file(model, models.ONNX_FILE))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pymilvus import MilvusClient
 from rich.console import Console
@@ -27,6 +28,8 @@ from export.publish import publish
 from retrieval_client import Catalog, Encoder, ProductRow, Settings
 from retrieval_contract.errors import DeployError
 from retrieval_contract.release import Release
+from tests.tiny import tiny_make
+from tests.traced import traced
 from towers.checkpoint import SHIPPED, load_make
 from towers.make import Make
 
@@ -67,6 +70,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{what}: {why}; to have it: {how}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Of torch's, here and in what tests start: on two busy cores its threads wait for each other,
+    and small towers take several times as long."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """What is published or climbed in this process takes its raw graphs from `traced`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("export.publish", "export.rungs"):
+            patch.setattr(f"{user}.onnx_from_towers", traced)
+        yield
+
+
 @pytest.fixture(scope="session")
 def towers() -> Make:
     """The MAKE that is shipped."""
@@ -77,6 +97,12 @@ def towers() -> Make:
 def release_folder(towers: Make) -> Path:
     """The release of `make demo`, in a place of its own: `make serve` serves what a user built."""
     return publish(towers, ROOT / "build" / "test-releases", Console(stderr=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_release() -> Path:
+    """A release of a tiny MAKE, for all tests: who changes anything in it takes a copy."""
+    return publish(tiny_make(), ROOT / "build" / "test-releases", Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from retrieval_contract.release import Release
 from retrieval_contract.tensors import Model
 from tests.conftest import ROOT
 from tests.tiny import tiny_make
+from tests.traced import traced
 
 TINY = tiny_make()
 RELEASE = TINY.release()
@@ -32,7 +33,7 @@ RELEASE = TINY.release()
 @pytest.fixture(scope="module")
 def raw() -> dict[str, onnx.ModelProto]:
     """Both towers as the exporter wrote them."""
-    return {model.name: onnx_from_towers(TINY, model) for model in models.TOWERS}
+    return {model.name: traced(TINY, model) for model in models.TOWERS}
 
 
 @pytest.fixture(scope="module")

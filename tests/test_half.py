@@ -12,12 +12,12 @@ import pytest
 
 from export.culprits import find_culprits, parity_judge
 from export.half import half_of, half_share, islands_of, to_half, typed
-from export.onnx_from_towers import onnx_from_towers
 from export.parity import HALF, HALF_REFERENCE, cases, few, onnx_runtime, parity, reference
 from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
 from tests.tiny import tiny_make
+from tests.traced import traced
 from towers.two_towers import TwoTowers
 
 FULL, HALF_TYPE = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -130,7 +130,7 @@ def test_islands_are_sums_their_guards_and_the_tail() -> None:
 def graphs() -> tuple[TwoTowers, dict[str, onnx.ModelProto]]:
     towers = tiny_make()
     release = towers.release()
-    return towers, {m.name: operate(onnx_from_towers(towers, m), m, release) for m in models.TOWERS}
+    return towers, {m.name: operate(traced(towers, m), m, release) for m in models.TOWERS}
 
 
 @pytest.mark.parametrize("model", models.TOWERS, ids=lambda m: m.name)

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks.inflight import Answered
-from benchmarks.limit import shuffled
+from benchmarks.limit import Row, best_batch, shuffled
 from tests.conftest import ROOT
 
 
@@ -30,14 +32,26 @@ def test_rows_are_asked_in_a_new_order_each_time() -> None:
     assert first != second
 
 
+def test_the_best_batch_takes_the_least_time_a_row() -> None:
+    """A run has a price, and past some size its rows cost more."""
+
+    def run(rows: Sequence[Row]) -> None:
+        time.sleep(0.01 + 0.0001 * len(rows) + 0.1 * (len(rows) > 32))
+
+    assert best_batch(run, [(b"row",)] * 128, (8, 32, 64)) == 32
+
+
 @pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="one core: server and client cannot be kept apart"
 )
 def test_the_command_measures_queries_and_products(release_folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.limit", "--release", str(release_folder)]
-    command += ["--rounds", "1", "--seconds", "0.3", "--product-seconds", "1"]
+    command += ["--rounds", "1", "--seconds", "0.3", "--product-seconds", "3"]
     done = subprocess.run(
-        [*command, "--in-flight", "8", "--rows", "4"], cwd=ROOT, capture_output=True, text=True
+        [*command, "--batch", "16", "--in-flight", "8", "--rows", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])

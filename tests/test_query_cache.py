@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
@@ -27,14 +25,15 @@ from export.config_from_contract import config_from_text
 from retrieval_client import Encoder, Settings
 from retrieval_client.spelling import query_bytes
 from retrieval_contract import models
-from retrieval_contract.errors import Reason, RetrievalError, ServerError
+from retrieval_contract.errors import Reason, RetrievalError, ServerError, ServerUnavailable
 from retrieval_contract.preprocess import text_from_bytes
 from retrieval_contract.probes import Probes
-from retrieval_contract.release import Release
 from tests.hostile import Wire, prefixed, request
+from tests.negated import negated
 from tests.serving import serve
 
 PUBLIC = models.QUERY_ENCODER.name
+TRIALS = 5
 
 
 @pytest.fixture(scope="module")
@@ -130,40 +129,59 @@ def test_half_an_answer_left_on_purpose_is_noticed_and_asked_again(
 
 
 def test_a_call_that_failed_leaves_nothing(release_folder: Path, tmp_path: Path) -> None:
-    """The model's process is killed: an error, and once it is back the answer, not an empty one."""
+    """The model's process is killed: an error, and once it is back the answer, not an empty one.
+
+    One time in ten Triton 2.51 itself aborts then (boost's lock_exception). It forgets all, which
+    proves nothing: another one is asked.
+    """
     log = (tmp_path / "log").open("w")
-    with (
-        triton(release_folder, log=log, profile=Profile(query_cache_mb=8)) as server,
-        Encoder(Settings(triton=server.grpc_address)) as encoder,
-    ):
-        before = encoder.encode_queries(["asked before"]).vector(0)
-        (stub,) = [s for s in stubs_of(server.process.pid) if s.model == models.QUERY_UNCACHED]
-        os.kill(stub.pid, signal.SIGKILL)
-        for _ in range(2):
-            with pytest.raises(ServerError):
-                encoder.encode_queries(["asked while it is dead"])
-        assert (encoder.encode_queries(["asked before"]).vector(0) == before).all()
-        server.instance.http.unload(models.QUERY_UNCACHED, 30)
-        time.sleep(0.5)
-        for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, PUBLIC):
-            server.instance.http.load(name, 60)
-        found = encoder.encode_queries(["asked while it is dead"]).vector(0)
-        right = encoder.encode_queries(["asked while it is dead"], fresh=True).vector(0)
-        np.testing.assert_allclose(found, right, atol=1e-5)
-        # Asked to stop, a server that has lost a process waits half a minute for it.
-        os.killpg(server.process.pid, signal.SIGKILL)
+    for _ in range(TRIALS):
+        with (
+            triton(release_folder, log=log, profile=Profile(query_cache_mb=8)) as server,
+            Encoder(Settings(triton=server.grpc_address)) as encoder,
+        ):
+            try:
+                ask_around_a_kill(server, encoder)
+                return
+            except RetrievalError:
+                if server.process.wait(10) != -signal.SIGABRT:
+                    raise
+            finally:  # asked to stop, a server that has lost a process waits half a minute for it
+                with suppress(ProcessLookupError):
+                    os.killpg(server.process.pid, signal.SIGKILL)
+    pytest.fail(f"Triton aborted in each of {TRIALS} trials")
+
+
+def ask_around_a_kill(server: Server, encoder: Encoder) -> None:
+    before = encoder.encode_queries(["asked before"]).vector(0)
+    (stub,) = [s for s in stubs_of(server.process.pid) if s.model == models.QUERY_UNCACHED]
+    os.kill(stub.pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(ServerError):
+            encoder.encode_queries(["asked while it is dead"])
+    assert (encoder.encode_queries(["asked before"]).vector(0) == before).all()
+    server.instance.http.unload(models.QUERY_UNCACHED, 30)
+    time.sleep(0.5)
+    for name in (models.QUERY_UNCACHED, models.QUERY_CACHED, PUBLIC):
+        server.instance.http.load(name, 60)
+    found = encoder.encode_queries(["asked while it is dead"]).vector(0)
+    right = encoder.encode_queries(["asked while it is dead"], fresh=True).vector(0)
+    np.testing.assert_allclose(found, right, atol=1e-5)
 
 
 def test_hits_do_not_hide_a_model_that_hangs(release_folder: Path, tmp_path: Path) -> None:
-    """Answered from memory all the while; the model behind it is killed, and comes back."""
+    """Answered from memory all the while; the model behind it is killed, and comes back.
+
+    Or all of the server does: when a model's process is killed, Triton 2.51 may abort.
+    """
     flags = ["--query-cache-mb=4"]
     with (
         serve(release_folder, tmp_path / "log", hung_s=1.5, flags=flags) as serving,
         Encoder(Settings(triton=serving.address, timeout_s=2.0)) as encoder,
     ):
         known = encoder.encode_queries(["known"]).vector(0)
-        group, hanging = next(
-            (group, stub)
+        hanging = next(
+            stub
             for group in groups_with(serving.scratch.name)
             for stub in stubs_of(group)
             if stub.model == models.QUERY_UNCACHED
@@ -174,11 +192,19 @@ def test_hits_do_not_hide_a_model_that_hangs(release_folder: Path, tmp_path: Pat
             assert (encoder.encode_queries(["known"]).vector(0) == known).all()
             assert time.monotonic() < end, serving.log.read_text()[-2000:]
             time.sleep(0.05)
-        serving.said(rf"({models.QUERY_UNCACHED}: a process of it had died; loaded again)")
-        assert encoder.encode_queries(["a new one"], timeout_s=10).errors == [None]
+        mended = f"{models.QUERY_UNCACHED}: a process of it had died; loaded again"
+        serving.said(f"({mended}|Triton is started again, with the right vectors)")
+        end = time.monotonic() + 20
+        while True:
+            try:
+                assert encoder.encode_queries(["a new one"], timeout_s=10).errors == [None]
+                break
+            except ServerUnavailable:  # the channel looks for a new server within a second
+                assert time.monotonic() < end, serving.log.read_text()[-2000:]
         # Asked to stop, a server that has lost a process waits half a minute for it.
         serving.process.kill()
-        os.killpg(group, signal.SIGKILL)
+        for left in groups_with(serving.scratch.name):
+            os.killpg(left, signal.SIGKILL)
         for region in Path("/dev/shm").glob(f"{serving.scratch.name}*"):
             region.unlink()
 
@@ -191,36 +217,6 @@ def groups_with(name: str) -> set[int]:
             if name in path.read_text(errors="replace"):
                 found.add(os.getpgid(int(path.parent.name)))
     return found
-
-
-def negated(release: Path, releases: Path) -> Path:
-    """A release of its own whose vectors are all the opposite of another's."""
-    old = Release.load(release)
-    new = dataclasses.replace(old, hashes=old.hashes | {"weights": "the opposite"})
-    folder = releases / new.release_id
-    shutil.copytree(release, folder, copy_function=shutil.copyfile)
-    new.save(folder)
-    probes = Probes.load(folder)
-    dataclasses.replace(
-        probes,
-        release_id=new.release_id,
-        query_vectors=-probes.query_vectors,
-        product_vectors=-probes.product_vectors,
-    ).save(folder)
-    for path in folder.rglob("*.pbtxt"):
-        text = path.read_text().replace(old.release_id, new.release_id)
-        path.write_text(text.replace(str(old.version), str(new.version)))
-    for entry in (folder / "model_repository").iterdir():
-        (entry / str(old.version)).rename(entry / str(new.version))
-    for tower in models.TOWERS:
-        path = folder / "model_repository" / tower.name / str(new.version) / models.ONNX_FILE
-        graph = onnx.load(path)
-        (out,) = tower.outputs
-        for node in graph.graph.node:
-            node.output[:] = ["opposite" if name == out.name else name for name in node.output]
-        graph.graph.node.append(onnx.helper.make_node("Neg", ["opposite"], [out.name]))
-        onnx.save(graph, path)
-    return folder
 
 
 def replace(server: Server, release: Path) -> None:

@@ -11,19 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from deploy.engines.builder import find_runtime
 from deploy.engines.ready import Gpu, Missing, gpu_at_hand, overlay, prepare
 from deploy.server import check_release, triton
-from export.publish import publish
 from retrieval_client import Encoder, Settings
 from retrieval_contract import models
 from retrieval_contract.errors import EngineError
 from retrieval_contract.models import Target
 from retrieval_contract.release import Release
 from tests.conftest import ROOT
-from tests.tiny import tiny_make
 
 RUNTIME = find_runtime(["tensorrt_rtx"])
 GPU = Gpu("NVIDIA L4, 8.9, 580.1", "SM89")
@@ -31,28 +28,22 @@ GPU = Gpu("NVIDIA L4, 8.9, 580.1", "SM89")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of a tiny MAKE."""
-    return publish(tiny_make(), tmp_path_factory.mktemp("releases"), Console(quiet=True))
-
-
-@pytest.fixture(scope="module")
-def cache(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With both engines in it."""
     made = tmp_path_factory.mktemp("engines")
-    prepare(folder, made, RUNTIME, GPU, Missing.WAIT)
+    prepare(tiny_release, made, RUNTIME, GPU, Missing.WAIT)
     return made
 
 
-def test_waiting_builds_and_gives_a_release_with_plans(folder: Path, cache: Path) -> None:
+def test_waiting_builds_and_gives_a_release_with_plans(tiny_release: Path, cache: Path) -> None:
     said: list[str] = []
     ready = prepare(
-        folder, cache, RUNTIME, GPU, Missing.WAIT, lambda phase, *steps: said.append(phase)
+        tiny_release, cache, RUNTIME, GPU, Missing.WAIT, lambda phase, *steps: said.append(phase)
     )
     assert not said, "nothing is built twice"
     assert ready.target is Target.GPU
     release = Release.load(ready.release)
-    assert release == Release.load(folder)
+    assert release == Release.load(tiny_release)
     assert check_release(ready.release, Target.GPU) == release
     plan = ready.release / "model_repository" / "query_tower" / str(release.version) / "model.plan"
     facts = json.loads((plan.resolve().parent / "engine.json").read_text())
@@ -63,79 +54,83 @@ def test_waiting_builds_and_gives_a_release_with_plans(folder: Path, cache: Path
 
 @pytest.mark.parametrize("missing", [Missing.CPU, Missing.FAIL])
 def test_engines_that_are_there_are_used_whatever_the_flag(
-    folder: Path, cache: Path, missing: Missing
+    tiny_release: Path, cache: Path, missing: Missing
 ) -> None:
-    assert prepare(folder, cache, RUNTIME, GPU, missing).target is Target.GPU
+    assert prepare(tiny_release, cache, RUNTIME, GPU, missing).target is Target.GPU
 
 
-def test_another_gpu_has_no_engine_yet(folder: Path, cache: Path) -> None:
+def test_another_gpu_has_no_engine_yet(tiny_release: Path, cache: Path) -> None:
     other = replace(GPU, name="NVIDIA A10, 8.6, 580.1")
-    ready = prepare(folder, cache, RUNTIME, other, Missing.CPU)
-    assert (ready.release, ready.target) == (folder, Target.CPU)
+    ready = prepare(tiny_release, cache, RUNTIME, other, Missing.CPU)
+    assert (ready.release, ready.target) == (tiny_release, Target.CPU)
     assert "no engine of query_tower, product_tower for NVIDIA A10" in ready.why
     with pytest.raises(EngineError, match=r"no engine of .*build them first"):
-        prepare(folder, cache, RUNTIME, other, Missing.FAIL)
+        prepare(tiny_release, cache, RUNTIME, other, Missing.FAIL)
 
 
-def test_without_a_gpu_only_the_processor_is_left(folder: Path, tmp_path: Path) -> None:
-    ready = prepare(folder, tmp_path, RUNTIME, None, Missing.CPU)
-    assert (ready.release, ready.target) == (folder, Target.CPU)
+def test_without_a_gpu_only_the_processor_is_left(tiny_release: Path, tmp_path: Path) -> None:
+    ready = prepare(tiny_release, tmp_path, RUNTIME, None, Missing.CPU)
+    assert (ready.release, ready.target) == (tiny_release, Target.CPU)
     assert ready.why.startswith("no GPU")
     for missing in (Missing.WAIT, Missing.FAIL):
         with pytest.raises(EngineError, match="serve on the processor: --missing cpu"):
-            prepare(folder, tmp_path, RUNTIME, None, missing)
+            prepare(tiny_release, tmp_path, RUNTIME, None, missing)
     with pytest.raises(EngineError, match="expected a TensorRT"):
-        prepare(folder, tmp_path, None, GPU, Missing.WAIT)
+        prepare(tiny_release, tmp_path, None, GPU, Missing.WAIT)
 
 
-def test_a_damaged_engine_is_built_again(folder: Path, cache: Path) -> None:
-    ready = prepare(folder, cache, RUNTIME, GPU, Missing.FAIL)
-    version = str(Release.load(folder).version)
+def test_a_damaged_engine_is_built_again(tiny_release: Path, cache: Path) -> None:
+    ready = prepare(tiny_release, cache, RUNTIME, GPU, Missing.FAIL)
+    version = str(Release.load(tiny_release).version)
     plan = ready.release / "model_repository" / "query_tower" / version / "model.plan"
     whole = plan.read_bytes()
     plan.resolve().write_bytes(whole[:1000])
     with pytest.raises(EngineError, match="no engine of query_tower for"):
-        prepare(folder, cache, RUNTIME, GPU, Missing.FAIL)
-    again = prepare(folder, cache, RUNTIME, GPU, Missing.WAIT)
+        prepare(tiny_release, cache, RUNTIME, GPU, Missing.FAIL)
+    again = prepare(tiny_release, cache, RUNTIME, GPU, Missing.WAIT)
     assert again.release == ready.release
     assert plan.read_bytes() == whole
 
 
-def test_a_release_of_links_is_served_as_the_release_itself(folder: Path, cache: Path) -> None:
+def test_a_release_of_links_is_served_as_the_release_itself(
+    tiny_release: Path, cache: Path
+) -> None:
     """By the real server, on the target that it has."""
-    ready = prepare(folder, cache, RUNTIME, GPU, Missing.WAIT)
+    ready = prepare(tiny_release, cache, RUNTIME, GPU, Missing.WAIT)
     with (
         triton(ready.release) as server,
         Encoder(Settings(triton=server.grpc_address)) as encoder,
     ):
         encoded = encoder.encode_queries(["red shoes"])
-        assert encoded.served.release_id == Release.load(folder).release_id
+        assert encoded.served.release_id == Release.load(tiny_release).release_id
         assert np.isclose(np.linalg.norm(encoded.vectors[0]), 1.0, atol=1e-5)
 
 
-def test_an_overlay_that_another_replica_made_is_taken(folder: Path, cache: Path) -> None:
-    ready = prepare(folder, cache, RUNTIME, GPU, Missing.WAIT)
+def test_an_overlay_that_another_replica_made_is_taken(tiny_release: Path, cache: Path) -> None:
+    ready = prepare(tiny_release, cache, RUNTIME, GPU, Missing.WAIT)
     repository = ready.release / "model_repository"
-    version = str(Release.load(folder).version)
+    version = str(Release.load(tiny_release).version)
     plans = {
         m.name: (repository / m.name / version / "model.plan").resolve() for m in models.TOWERS
     }
-    assert overlay(folder, Release.load(folder), plans, cache) == ready.release
+    assert overlay(tiny_release, Release.load(tiny_release), plans, cache) == ready.release
 
 
-def run(tmp_path: Path, folder: Path, missing: str, path: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deploy.engines", "prepare", "--release", str(folder)]
+def run(
+    tmp_path: Path, tiny_release: Path, missing: str, path: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.engines", "prepare", "--release", str(tiny_release)]
     command += ["--cache", str(tmp_path / "cache"), "--missing", missing]
     env = os.environ | {"PATH": path}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_the_command_says_what_to_serve(folder: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, folder, "cpu", str(tmp_path))  # a PATH without nvidia-smi
+def test_the_command_says_what_to_serve(tiny_release: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, tiny_release, "cpu", str(tmp_path))  # a PATH without nvidia-smi
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert (said["release"], said["target"]) == (str(folder), "cpu")
-    refused = run(tmp_path, folder, "wait", str(tmp_path))
+    assert (said["release"], said["target"]) == (str(tiny_release), "cpu")
+    refused = run(tmp_path, tiny_release, "wait", str(tmp_path))
     assert refused.returncode == 1
     assert "error: expected a GPU" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from benchmarks.faults import rolling_restart
 from deploy.server import LOOPBACK, Server, choose_ports
 from deploy.server import triton as start_triton
-from export.publish import publish
 from retrieval_client import Encoder, Settings
 from retrieval_client.channel import target_of
 from retrieval_contract.errors import (
@@ -27,15 +25,6 @@ from retrieval_contract.errors import (
     ServerUnavailable,
 )
 from retrieval_contract.tensors import Array
-from tests.conftest import ROOT
-from tests.tiny import tiny_make
-
-
-@pytest.fixture(scope="module")
-def tiny_release() -> Path:
-    """Another release than the shared server's; kept, so that it is built once."""
-    return publish(tiny_make(), ROOT / "build" / "test-releases", Console(quiet=True))
-
 
 SILENT_S = 8.0
 """A connection that is silent for so long is left: two seconds until the ping, four for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -120,32 +121,32 @@ def test_surgery_of_the_shipped_towers_is_what_it_was(release_folder: Path) -> N
     assert found == json.loads((ROOT / "tests" / "golden_surgery.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def tiny_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of 16-d towers."""
-    return publish(tiny_make(16), tmp_path_factory.mktemp("releases"), Console(quiet=True))
+@pytest.fixture
+def own_release(tiny_release: Path, tmp_path: Path) -> Path:
+    """A copy to build again."""
+    return shutil.copytree(tiny_release, tmp_path / "releases" / tiny_release.name)
 
 
-def test_publishing_again_changes_nothing(tiny_release: Path) -> None:
-    before = tiny_release.stat().st_mtime_ns
-    assert publish(tiny_make(16), tiny_release.parent, Console(quiet=True)) == tiny_release
-    assert tiny_release.stat().st_mtime_ns == before
-    assert (tiny_release.parent / "latest").resolve() == tiny_release
+def test_publishing_again_changes_nothing(own_release: Path) -> None:
+    before = own_release.stat().st_mtime_ns
+    assert publish(tiny_make(), own_release.parent, Console(quiet=True)) == own_release
+    assert own_release.stat().st_mtime_ns == before
+    assert (own_release.parent / "latest").resolve() == own_release
 
 
-def test_other_code_rebuilds_a_release(tiny_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_rebuilds_a_release(own_release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.publish.code_fingerprint", lambda: "other code")
-    publish(tiny_make(16), tiny_release.parent, Console(quiet=True))
-    manifest = json.loads((tiny_release / "manifest.json").read_text())
+    publish(tiny_make(), own_release.parent, Console(quiet=True))
+    manifest = json.loads((own_release / "manifest.json").read_text())
     assert manifest["code"] == "other code"
 
 
-def test_a_damaged_release_is_rebuilt(tiny_release: Path) -> None:
-    graph = next(tiny_release.glob("model_repository/query_tower/*/model.onnx"))
+def test_a_damaged_release_is_rebuilt(own_release: Path) -> None:
+    graph = next(own_release.glob("model_repository/query_tower/*/model.onnx"))
     whole = graph.read_bytes()
     graph.chmod(0o644)
     graph.write_bytes(whole[:-1])
-    publish(tiny_make(16), tiny_release.parent, Console(quiet=True))
+    publish(tiny_make(), own_release.parent, Console(quiet=True))
     assert graph.read_bytes() == whole
 
 
@@ -154,7 +155,7 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
 ) -> None:
     """One edit of the checkpoint's config: refused while the weights are the old ones, and with
     new weights ONNX, configs, server, client and catalog follow; the old catalog is refused."""
-    save_make(tiny_make(16), tmp_path / "checkpoint")
+    save_make(tiny_make(), tmp_path / "checkpoint")
     edit_config(tmp_path / "checkpoint", vector_dim=24)
     with pytest.raises(CheckpointError, match="expected \\(24, 32\\)"):
         load_towers(str(tmp_path / "checkpoint"))
@@ -195,8 +196,6 @@ def test_another_vector_size_is_followed_everywhere_or_refused(
 
 
 def test_a_release_that_is_not_whole_is_not_started(tiny_release: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_release, broken)
     next(broken.glob("model_repository/query_tower/*/model.onnx")).unlink()
