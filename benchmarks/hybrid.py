@@ -39,7 +39,7 @@ from towers.learning.split import fraction_of, sides_of
 from towers.two_towers import unit
 
 TOP = 10
-ASKED, WRITTEN = 64, 2048
+ASKED, WRITTEN = 16, 2048
 JUDGED_SHARE = 0.75
 """Of a sample; the rest are products that nobody has judged for its queries."""
 FLIPS = 20_000
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             task = bar.add_task(what, total=rows)
             return lambda done: bar.advance(task, done)
 
-        settings = Settings(milvus=f"{place}/catalog.db", timeout_s=60)
+        settings = Settings(milvus=f"{place}/catalog.db", timeout_s=600)
         for folder in args.data:
             data = read_data(folder)
             if (side := side_of(folder, str(SHIPPED))) != "all":
