@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from deploy.server import LOOPBACK, Server, choose_ports
+from deploy.server import LOOPBACK, choose_ports, triton
 from retrieval_client import Encoders, ProductSearch, Settings
+from retrieval_client.__main__ import main
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.collection import Ask
 from retrieval_client.push import Push
 from retrieval_client.shadow import WAITING, Shadow
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import RetrievalError
-from tests.conftest import product_row
+from tests.conftest import ROOT, product_row
+from tests.tiny import tiny_release
 
 TITLES = ["red dress", "blue shirt", "white shoes", "green mug", "black watch"]
 
 
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Triton over a small release."""
+    release = tiny_release(ROOT / "build" / "test-releases")
+    log = tmp_path_factory.mktemp("triton") / "log"
+    with log.open("w") as file, triton(release, log=file) as server:
+        yield server.grpc_address
+
+
+@pytest.fixture
+def settings(address: str, tmp_path: Path) -> Settings:
+    """An empty catalog."""
+    return Settings(triton=address, milvus=str(tmp_path / "catalog.db"), retry_s=5.0)
+
+
 @pytest.fixture
 def shadowed(settings: Settings) -> Settings:
-    """Every search; the candidate is the same release under another name, and lacks two products:
-    what serves was pushed, then put away beside an emptier one."""
+    """Every search; the candidate is of the same release, under another name, and lacks two
+    products."""
     settings = settings.override(shadow=100)
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
         rows = [SourceRow(f"p{i}", title.encode()) for i, title in enumerate(TITLES)]
@@ -48,11 +65,12 @@ def test_overlap_and_times_are_reported(shadowed: Settings) -> None:
     assert report.latency_ratio > 0
 
 
-def test_the_command_line_says_it(shadowed: Settings) -> None:
+def test_the_command_line_says_it(shadowed: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: a store of Milvus Lite belongs to one."""
     flags = ["--triton", shadowed.triton, "--milvus", shadowed.milvus, "--json"]
-    command = [sys.executable, "-m", "retrieval_client", "search", *flags]
-    done = subprocess.run([*command, "--shadow", "100", *TITLES], capture_output=True, text=True)
-    said = json.loads(done.stdout)
+    with pytest.raises(SystemExit):
+        main(["search", *flags, "--shadow", "100", *TITLES])
+    said = json.loads(capsys.readouterr().out)
     assert len(said["searches"]) == len(TITLES)
     assert (said["shadow"]["asked"], said["shadow"]["answered"]) == (1, 1), "one call, one search"
 
@@ -71,9 +89,7 @@ def test_without_a_candidate_or_a_share_nothing_is_asked(shadowed: Settings) -> 
         shadowed.override(shadow=101)
 
 
-def test_a_candidate_that_nobody_serves_costs_no_live_answer(
-    shadowed: Settings, triton: Server
-) -> None:
+def test_a_candidate_that_nobody_serves_costs_no_live_answer(shadowed: Settings) -> None:
     with Catalog(shadowed) as catalog:
         strange = Catalog(shadowed.override(collection="strange"))
         collection = strange.prepare("feedfacefeedface", 8)
