@@ -27,8 +27,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from retrieval_client import Catalog, ProductRow, Settings
-from retrieval_client.collection import TITLE, Ask, Collection, Hit
+from retrieval_client.collection import Ask, Collection
 from retrieval_client.hybrid import Fusion, Hybrid
+from retrieval_client.records import TITLE, Hit
 from retrieval_contract.errors import RetrievalError, SourceError
 from towers.checkpoint import SHIPPED, load_make
 from towers.evaluate import side_of

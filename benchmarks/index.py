@@ -22,9 +22,10 @@ import numpy as np
 from benchmarks.searches import per_second
 from benchmarks.vectors import PATIENCE_S, Vectors, fill, places
 from retrieval_client import Collection, Settings
-from retrieval_client.collection import VECTOR, Ask
+from retrieval_client.collection import Ask
 from retrieval_client.index import KINDS, best_kind, build, graph, index_of, tune
 from retrieval_client.recalls import Point, recall
+from retrieval_client.records import VECTOR
 from retrieval_contract.errors import CatalogError
 from retrieval_contract.tensors import Array
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import Collection, bucket_of
+from retrieval_client.collection import Collection
 from retrieval_client.encoder import Encoder
+from retrieval_client.records import bucket_of
 from retrieval_client.rows import Candidate, candidate_from_row
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from benchmarks.vectors import PATIENCE_S, Vectors, fill, places
 from retrieval_client import Collection, Settings
-from retrieval_client.collection import ATTRIBUTES, TITLE, VECTOR, Ask
+from retrieval_client.collection import Ask
 from retrieval_client.deadline import Deadline
+from retrieval_client.records import ATTRIBUTES, TITLE, VECTOR
 from retrieval_client.searches import Searches
 from retrieval_contract.tensors import Array
 

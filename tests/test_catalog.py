@@ -16,7 +16,8 @@ from pymilvus import DataType, MilvusClient
 
 from retrieval_client import Catalog, Collection, Settings
 from retrieval_client.capabilities import Feature
-from retrieval_client.collection import Ask, check_id, id_filter
+from retrieval_client.collection import Ask
+from retrieval_client.records import check_id, id_filter
 from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogUnavailable,

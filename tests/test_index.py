@@ -14,7 +14,7 @@ from retrieval_client import Catalog, Collection, ProductRow, Settings
 from retrieval_client import collection as collections
 from retrieval_client import recalls as measuring
 from retrieval_client.__main__ import main
-from retrieval_client.collection import Ask, Hit, bucket_of
+from retrieval_client.collection import Ask
 from retrieval_client.index import (
     KINDS,
     best_kind,
@@ -26,6 +26,7 @@ from retrieval_client.index import (
     tune,
 )
 from retrieval_client.recalls import Exact, condition_of, cpu_seconds, found_at, recall
+from retrieval_client.records import Hit, bucket_of
 from retrieval_contract.errors import CatalogError
 from retrieval_contract.release import Release
 from retrieval_contract.tensors import Array

@@ -14,7 +14,7 @@ import pytest
 from pymilvus import DataType, MilvusClient
 
 from retrieval_client import Settings
-from retrieval_client.collection import stored_attributes
+from retrieval_client.records import stored_attributes
 from retrieval_client.where import ATTRIBUTE_VALUE, MAX_DEPTH, MAX_TEXT_BYTES, MAX_VALUES, Where
 from retrieval_contract.errors import ContractError, FilterError
 

@@ -15,15 +15,9 @@ import numpy as np
 
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import (
-    CONTENT_HASH,
-    ID,
-    NORM_TOLERANCE,
-    ROW_HASH,
-    VECTOR,
-    Collection,
-)
+from retrieval_client.collection import Collection
 from retrieval_client.fleet import Encoders
+from retrieval_client.records import CONTENT_HASH, ID, NORM_TOLERANCE, ROW_HASH, VECTOR
 from retrieval_client.rows import Candidate, candidate_from_row, is_good_id
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import ItemError

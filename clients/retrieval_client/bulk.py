@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retrieval_client.collection import ProductRow
 from retrieval_client.encoder import Encoder
 from retrieval_client.fleet import Encoders
 from retrieval_client.flow import REQUEST_ROWS, Flow
 from retrieval_client.patience import Patient
+from retrieval_client.records import ProductRow
 from retrieval_client.rows import (
     BATCH_BYTES,
     Candidate,

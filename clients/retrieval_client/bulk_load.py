@@ -13,10 +13,11 @@ from pathlib import Path
 
 from retrieval_client.book import Book, Differences
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import ID, Collection, ProductRow
+from retrieval_client.collection import Collection
 from retrieval_client.feed import HASHES
 from retrieval_client.fleet import Encoders
 from retrieval_client.patience import Patient
+from retrieval_client.records import ID, ProductRow
 from retrieval_client.rows import Candidate
 from retrieval_client.settings import Settings
 from retrieval_client.shards import Manifest, Shard, describe_shard, hashes_of, rows_of

@@ -19,17 +19,11 @@ from typing import Any
 from pymilvus import DataType, Function, FunctionType, MilvusClient
 
 from retrieval_client.capabilities import Feature
-from retrieval_client.collection import (
-    ID,
-    VECTOR,
-    WORDS,
-    Collection,
-    CollectionInfo,
-    field_parameters,
-)
+from retrieval_client.collection import Collection, CollectionInfo
 from retrieval_client.deadline import Deadline
 from retrieval_client.index import flat, graph
 from retrieval_client.milvus import Milvus
+from retrieval_client.records import ID, VECTOR, WORDS, field_parameters
 from retrieval_client.settings import Settings
 from retrieval_contract import models
 from retrieval_contract.errors import CollectionGone, ReleaseMismatch

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_client.collection import THUMBNAIL, Ask, Collection, Hit
+from retrieval_client.collection import Ask, Collection
 from retrieval_client.deadline import Deadline
 from retrieval_client.fleet import Encoders
 from retrieval_client.picture import draw_results
+from retrieval_client.records import THUMBNAIL, Hit
 from retrieval_contract.tensors import Array
 
 TOGETHER = 64

@@ -12,17 +12,10 @@ from typing import Any
 import numpy as np
 
 from retrieval_client.book import Book, Differences
-from retrieval_client.collection import (
-    CONTENT_HASH,
-    ID,
-    ROW_HASH,
-    VECTOR,
-    Collection,
-    ProductRow,
-    check_vectors,
-)
+from retrieval_client.collection import Collection
 from retrieval_client.encoder import Encoder
 from retrieval_client.patience import Patient
+from retrieval_client.records import CONTENT_HASH, ID, ROW_HASH, VECTOR, ProductRow, check_vectors
 from retrieval_client.rows import BATCH_BYTES, Candidate, thumbnail
 from retrieval_contract.errors import ContractError, TooMuchToDelete
 from retrieval_contract.tensors import Array

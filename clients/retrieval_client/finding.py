@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from retrieval_client.collection import MAX_RESULTS, Ask, Collection, Hit
+from retrieval_client.collection import MAX_RESULTS, Ask, Collection
 from retrieval_client.deadline import Deadline
 from retrieval_client.hybrid import Hybrid
 from retrieval_client.options import Options
 from retrieval_client.query import Query
+from retrieval_client.records import Hit
 from retrieval_contract.errors import DeadlineExceeded
 from retrieval_contract.tensors import Array
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from retrieval_client.collection import MAX_RESULTS, Hit, Route
+from retrieval_client.collection import MAX_RESULTS
+from retrieval_client.records import Hit, Route
 from retrieval_contract.errors import ContractError
 
 VECTOR_ROUTE, WORDS_ROUTE = "vector", "words"

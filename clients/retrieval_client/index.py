@@ -11,16 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from retrieval_client.collection import (
-    BUCKET,
-    FILTERED_PARAMS,
-    SEARCH_PARAMS,
-    TITLE,
-    VECTOR,
-    Collection,
-)
+from retrieval_client.collection import FILTERED_PARAMS, SEARCH_PARAMS, Collection
 from retrieval_client.milvus import Milvus
 from retrieval_client.recalls import Exact, condition_of, found_at
+from retrieval_client.records import BUCKET, TITLE, VECTOR
 from retrieval_contract import models
 from retrieval_contract.errors import CatalogError
 from retrieval_contract.tensors import Array

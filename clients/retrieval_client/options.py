@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypedDict
 
-from retrieval_client.collection import ATTRIBUTES, TITLE, Ask, Consistency, Hit
+from retrieval_client.collection import Ask, Consistency
 from retrieval_client.hybrid import Hybrid
+from retrieval_client.records import ATTRIBUTES, TITLE, Hit
 from retrieval_client.where import Where
 from retrieval_contract.errors import ContractError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from retrieval_client.collection import Hit
+from retrieval_client.records import Hit
 
 CELL_PX = (150, 230)
 PHOTO_PX = (130, 150)

@@ -8,10 +8,11 @@ from enum import Enum, auto
 
 import numpy as np
 
-from retrieval_client.collection import VECTOR, Collection, Consistency, check_id
+from retrieval_client.collection import Collection, Consistency
 from retrieval_client.deadline import Deadline
 from retrieval_client.encoder import Encoded, Encoder
 from retrieval_client.handshake import Served
+from retrieval_client.records import VECTOR, check_id
 from retrieval_contract.errors import ContractError, ItemError, Reason, ReleaseMismatch
 
 TEXT_WEIGHT = 0.5

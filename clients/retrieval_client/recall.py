@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retrieval_client.collection import VECTOR, Hit
+from retrieval_client.records import VECTOR, Hit
 from retrieval_contract.tensors import Array
 
 TIE = 1e-4

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval_client.collection import BUCKET, ID, VECTOR, Ask, Collection, Hit
+from retrieval_client.collection import Ask, Collection
+from retrieval_client.records import BUCKET, ID, VECTOR, Hit
 from retrieval_contract.models import BUCKETS
 from retrieval_contract.tensors import Array
 

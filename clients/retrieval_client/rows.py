@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from retrieval_client.collection import TITLE, check_id
+from retrieval_client.records import TITLE, check_id
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import ItemError, Reason
 from retrieval_contract.preprocess import open_image, text_from_bytes

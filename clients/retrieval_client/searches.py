@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from retrieval_client.coalesce import Coalescer
-from retrieval_client.collection import Ask, Collection, Hit, check_vectors
+from retrieval_client.collection import Ask, Collection
 from retrieval_client.deadline import Deadline
+from retrieval_client.records import Hit, check_vectors
 from retrieval_contract.errors import CatalogError, CatalogUnavailable, CollectionGone
 from retrieval_contract.tensors import Array
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_client.collection import (
+from retrieval_client.records import (
     ATTRIBUTES,
     CONTENT_HASH,
     ID,

@@ -8,7 +8,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from retrieval_client.collection import CONTENT_HASH, ID, ROW_HASH, Collection
+from retrieval_client.collection import Collection
+from retrieval_client.records import CONTENT_HASH, ID, ROW_HASH
 
 PROPERTY = "verdict"
 """Of the collection. Milvus keeps properties; Milvus Lite drops descriptions."""

@@ -18,10 +18,10 @@ from retrieval_client.audit import Found, Reservoir, encode_again, look_at_vecto
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.changes import Answers, Change, answers_of, changes_between, write_report
-from retrieval_client.collection import BUCKET, CONTENT_HASH, ID, ROW_HASH, TITLE, VECTOR
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked, ndcg
 from retrieval_client.recall import Exact
+from retrieval_client.records import BUCKET, CONTENT_HASH, ID, ROW_HASH, TITLE, VECTOR
 from retrieval_client.rows import candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from retrieval_client.collection import ATTRIBUTES, TITLE, Consistency, Hit
+from retrieval_client.collection import Consistency
 from retrieval_client.commands.shared import EXIT_REFUSED, console
 from retrieval_client.finding import End, Hits
 from retrieval_client.hybrid import VECTOR_ROUTE, WORDS_ROUTE
@@ -21,6 +21,7 @@ from retrieval_client.ledger import LINES, ledgers
 from retrieval_client.options import OptionFields
 from retrieval_client.picture import draw_results
 from retrieval_client.query import Query
+from retrieval_client.records import ATTRIBUTES, TITLE, Hit
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_contract.errors import ContractError, ItemError
