@@ -19,8 +19,9 @@ from retrieval_contract import models
 from retrieval_contract.errors import CatalogError
 from retrieval_contract.tensors import Array
 
-FLAT_ROWS = 10_000
-"""Up to so many rows an exact search costs a server no more than a graph does."""
+FLAT_ROWS = 4000
+"""Up to so many rows an exact search costs a server no more than a graph does: of 2.3.5 and 384
+dims about 1.3 ms of processor and 0.15 ms for each 1000 rows, against 1.6 to 1.9 ms."""
 DEPTH = 10
 FILTERS = (0.1, 0.01)
 """Shares of the rows whose filters must keep FILTERED."""
