@@ -238,6 +238,7 @@ def busy_worker(folder: Path) -> psutil.Process:
     raise AssertionError("no worker had a shard in hand")
 
 
+@pytest.mark.timeout(600)  # most of it is Ray's start, which a busy machine stretches
 def test_ray_makes_the_same_shards_while_a_worker_is_killed(serial: Recipe, tmp_path: Path) -> None:
     """Two workers, one of which dies with a shard in hand; all of Ray stays on loopback."""
     ours = elsewhere(serial, tmp_path / "shards")
