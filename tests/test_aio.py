@@ -8,12 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from deploy.server import Server
 from retrieval_client import AsyncProductSearch, Encoder, ProductRow, ProductSearch, Query, Settings
-from retrieval_contract.errors import ContractError, DeadlineExceeded, ItemError
+from retrieval_client.options import OptionFields, Options
+from retrieval_contract.errors import (
+    ContractError,
+    DeadlineExceeded,
+    ItemError,
+    ServerUnavailable,
+)
 from retrieval_contract.release import Release
 
 TITLES = [f"{colour} {kind}" for colour in ("red", "blue") for kind in ("shirt", "dress", "mug")]
@@ -39,6 +46,15 @@ def test_it_has_the_same_face() -> None:
         sync, awaited = (getattr(c, name) for c in (ProductSearch, AsyncProductSearch))
         assert inspect.signature(sync) == inspect.signature(awaited)
         assert inspect.iscoroutinefunction(awaited)
+
+
+def test_options_are_keyword_arguments_of_the_same_kinds() -> None:
+    fields = get_type_hints(OptionFields)
+    assert fields == get_type_hints(Options)
+    with pytest.raises(TypeError):
+        Options(limits=3)
+    with pytest.raises(ContractError, match="text_weight"):
+        Query("x", text_weight=1.5)
 
 
 def test_many_are_answered_at_once_and_alike(filled: Settings) -> None:
@@ -102,8 +118,6 @@ def test_a_server_that_is_away_is_said(tmp_path: Path, filled: Settings) -> None
     async def ask() -> None:
         async with AsyncProductSearch(filled.override(triton="127.0.0.1:1")) as search:
             await search("red mug", timeout_s=2)
-
-    from retrieval_contract.errors import ServerUnavailable
 
     with pytest.raises(ServerUnavailable):
         asyncio.run(ask())
