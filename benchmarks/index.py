@@ -143,7 +143,10 @@ def main() -> None:
         for name in args.backends:
             uri, pid = found[name]
             settings = Settings(
-                milvus=uri, collection="bench", push_timeout_s=PATIENCE_S, timeout_s=60.0
+                milvus=uri,
+                collection=f"bench{args.rows}",
+                push_timeout_s=PATIENCE_S,
+                timeout_s=60.0,
             )
             collection = fill(settings, vectors.stored)
             best = best_kind(collection.milvus, args.rows).kind

@@ -132,7 +132,10 @@ def main() -> None:
     with places(args.milvus) as found:
         for name, (uri, _) in found.items():
             settings = Settings(
-                milvus=uri, collection="bench", push_timeout_s=PATIENCE_S, timeout_s=TIMEOUT_S
+                milvus=uri,
+                collection=f"bench{args.rows}",
+                push_timeout_s=PATIENCE_S,
+                timeout_s=TIMEOUT_S,
             )
             collection = fill(settings, vectors.stored)
             said[name] = measured(collection, vectors.queries, args.rounds, args.seconds)
