@@ -25,7 +25,7 @@ from retrieval_client import (
     Settings,
     Where,
     finding,
-)
+)  # fmt: skip
 from retrieval_client.__main__ import main
 from retrieval_client.capabilities import Feature
 from retrieval_client.collection import Collection
