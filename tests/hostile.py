@@ -169,3 +169,10 @@ def _processes(group: int) -> list[Path]:
 
 def _kilobytes(process: Path, name: str) -> int:
     return int((process / "status").read_text().split(f"{name}:")[1].split()[0])
+
+
+HOSTILE_WORDS = [
+    "it's", 'x"] or id != "', "x'] or true or id in ['y", "back\\slash\\", "%_like%", "\\u0041",
+    "漢字 👟", "1; DROP COLLECTION products; --", "{v}", "' or 1==1 --", "] or true",
+]  # fmt: skip
+"""For ids, titles and values of conditions: each is to find itself, and nothing else."""
