@@ -285,7 +285,7 @@ def test_two_routes_and_what_each_has_given(shop: Shop) -> None:
     alone = shop.search("blue dress", hybrid=Hybrid(words=0), limit=60)
     assert ids(alone) == ids(vector)
     first = shop.search("blue dress", hybrid=Hybrid(words=1), limit=len(words))
-    assert {h.id for h in first} == {h.id for h in words}
+    assert {h.id for h in first if h.score} < {h.id for h in words}
     assert shop.search("blue dress", hybrid=True, offset=5, limit=9) == hits[5:14]
     (only,) = shop.search(Query(like="p3"), hybrid=True, limit=1)
     assert [route.name for route in only.routes] == ["vector"]
