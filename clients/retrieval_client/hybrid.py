@@ -15,6 +15,9 @@ from retrieval_contract.errors import ContractError
 
 VECTOR_ROUTE, WORDS_ROUTE = "vector", "words"
 
+WORDS_WEIGHT = 0.45
+"""By SCORES; what judged queries of several catalogs choose (`python -m benchmarks.hybrid`)."""
+
 
 class Fusion(StrEnum):
     """How ranks or scores of two routes add up."""
@@ -35,7 +38,7 @@ class Hybrid:
     """
 
     fusion: Fusion = Fusion.SCORES
-    words: float = 0.5
+    words: float = WORDS_WEIGHT
     k: int = 60
     depth: int = 100
 
