@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +26,7 @@ from retrieval_contract.errors import EngineError
 from retrieval_contract.release import Release
 from tests import clip_family
 from tests.conftest import ROOT
-from tests.tiny import tiny_make
+from tests.one_replica import one_replica
 from towers.checkpoint import load_towers
 
 RUNTIME = find_runtime(["tensorrt_rtx"])
@@ -35,20 +34,14 @@ QUERY, PRODUCT = models.QUERY_TOWER, models.PRODUCT_TOWER
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of a tiny MAKE."""
-    return publish(tiny_make(), tmp_path_factory.mktemp("releases"), Console(quiet=True))
+def release(tiny_release: Path) -> Release:
+    return Release.load(tiny_release)
 
 
 @pytest.fixture(scope="module")
-def release(folder: Path) -> Release:
-    return Release.load(folder)
-
-
-@pytest.fixture(scope="module")
-def graph(folder: Path, release: Release) -> bytes:
+def graph(tiny_release: Path, release: Release) -> bytes:
     """The query tower in FP16."""
-    return graph_of(folder, QUERY, release.version)
+    return graph_of(tiny_release, QUERY, release.version)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +49,8 @@ def engine(graph: bytes, release: Release) -> Engine:
     return build(RUNTIME, graph, profiles_of(QUERY, release), architecture="SM89")
 
 
-def full_graph(folder: Path, release: Release) -> onnx.ModelProto:
-    version = folder / "model_repository" / QUERY.name / str(release.version)
+def full_graph(tiny_release: Path, release: Release) -> onnx.ModelProto:
+    version = tiny_release / "model_repository" / QUERY.name / str(release.version)
     return onnx.load(version / models.ONNX_FILE)
 
 
@@ -88,8 +81,9 @@ def test_clip_families_compile(family: str, tmp_path: Path) -> None:
         assert one.engine.facts.fused_attention == one.engine.attention_layers >= 2
 
 
-def test_the_command_ends_with_one_line_of_json(folder: Path) -> None:
-    command = [sys.executable, "-m", "deploy.engines", "check", "--release", folder, "--sm", "SM86"]
+def test_the_command_ends_with_one_line_of_json(tiny_release: Path) -> None:
+    command = [sys.executable, "-m", "deploy.engines", "check"]
+    command += ["--release", tiny_release, "--sm", "SM86"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -101,7 +95,7 @@ def test_the_command_ends_with_one_line_of_json(folder: Path) -> None:
     refused = subprocess.run([*command[:-1], "SM1"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "expected one of ['SM75'" in refused.stderr
-    missing = [*command[:4], "--release", folder / "nowhere"]
+    missing = [*command[:4], "--release", tiny_release / "nowhere"]
     refused = subprocess.run(missing, cwd=ROOT, capture_output=True, text=True)
     assert "not found" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -134,8 +128,10 @@ def test_progress_is_told(graph: bytes, release: Release) -> None:
 # ── planted faults ───────────────────────────────────────────────────────────────────────
 
 
-def test_an_engine_in_full_precision_is_not_taken_for_half(folder: Path, release: Release) -> None:
-    full = full_graph(folder, release).SerializeToString()
+def test_an_engine_in_full_precision_is_not_taken_for_half(
+    tiny_release: Path, release: Release
+) -> None:
+    full = full_graph(tiny_release, release).SerializeToString()
     with pytest.raises(EngineError, match=r"half precision, got 0%: build from the FP16 graph"):
         build(RUNTIME, full, profiles_of(QUERY, release), architecture="SM89")
 
@@ -168,13 +164,13 @@ def test_a_log_without_layers_says_so() -> None:
 
 
 def test_a_graph_that_a_runtime_optimised_is_refused(
-    folder: Path, release: Release, tmp_path: Path
+    tiny_release: Path, release: Release, tmp_path: Path
 ) -> None:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
-    ort.InferenceSession(full_graph(folder, release).SerializeToString(), options)
+    ort.InferenceSession(full_graph(tiny_release, release).SerializeToString(), options)
     optimised = Path(options.optimized_model_filepath).read_bytes()
     with pytest.raises(EngineError, match=r"parser refused the graph.*after surgery"):
         build(RUNTIME, optimised, profiles_of(QUERY, release), architecture="SM89")
@@ -185,9 +181,9 @@ def test_a_broken_graph_is_refused(release: Release) -> None:
         build(RUNTIME, b"not a graph", profiles_of(QUERY, release), architecture="SM89")
 
 
-def test_a_sequence_past_the_position_table_is_fatal(folder: Path, release: Release) -> None:
+def test_a_sequence_past_the_position_table_is_fatal(tiny_release: Path, release: Release) -> None:
     """The compiler only warns; 64 positions are all that this encoder has."""
-    model = onnx.load_from_string(graph_of(folder, QUERY, release.version))
+    model = onnx.load_from_string(graph_of(tiny_release, QUERY, release.version))
     long = {t.name: Range((1, 1), (1, 16), (4, 200)) for t in QUERY.inputs}
     with pytest.raises(EngineError, match=r"expected shapes from .* got \(4, 200\)"):
         check_profiles([Profile("long", long)], QUERY, release)
@@ -291,20 +287,10 @@ def test_a_failed_build_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def _replica(cache: Path, graph: bytes, release: Release, at: int) -> str:
-    def make() -> Engine:
-        with tempfile.NamedTemporaryFile(dir=cache, prefix="built-", delete=False):
-            profiles = profiles_of(QUERY, release)[:1]
-            return build(RUNTIME, graph, profiles, architecture="SM89")
-
-    return hashlib.sha256(cached(ORIGIN, cache, make).read_bytes()).hexdigest()
-
-
 def test_eight_replicas_on_one_volume_build_once(
     tmp_path: Path, graph: bytes, release: Release
 ) -> None:
     with get_context("spawn").Pool(8) as pool:
-        work = [(tmp_path, graph, release, at) for at in range(8)]
-        hashes = pool.starmap(_replica, work)
+        hashes = pool.starmap(one_replica, [(ORIGIN, tmp_path, graph, release)] * 8)
     assert len(set(hashes)) == 1
     assert len(list(tmp_path.glob("built-*"))) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
+from export.__main__ import main
 from export.culprits import read_islands
 from export.ladder import (
     Found,
@@ -29,6 +32,7 @@ from export.ladder import (
     trimmed,
 )
 from export.parity import EXACT, HALF, cosines_of
+from export.publish import publish
 from export.report import write_page
 from export.rungs import Asked, climb_all, rungs_of, torch_encode
 from retrieval_contract import models
@@ -210,7 +214,10 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_commands_say_what_is_missing(tmp_path: Path, data: Path) -> None:
+def test_commands_say_what_is_missing(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in a process of its own, the others where all is loaded."""
     save_make(TOWERS, tmp_path / "tiny")
     unjudged = tmp_path / "unjudged"
     unjudged.mkdir()
@@ -224,10 +231,13 @@ def test_commands_say_what_is_missing(tmp_path: Path, data: Path) -> None:
             "export culprits",
         ),
     ):
-        done = run(*args)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
+        with pytest.raises(SystemExit, match=rf"^error: (?s:.*){re.escape(message)}"):
+            main()
+    done = run(*args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_culprits_are_written_and_taken_up(tmp_path: Path) -> None:
@@ -243,10 +253,8 @@ def test_culprits_are_written_and_taken_up(tmp_path: Path) -> None:
     assert islands["product_tower"] == [c["name"] for c in report["culprits"]["product_tower"]]
 
 
-def test_an_island_file_reaches_the_manifest(tmp_path: Path) -> None:
-    from export.publish import publish
-
-    plain = publish(TOWERS, tmp_path / "releases", Console(quiet=True))
+def test_an_island_file_reaches_the_manifest(tiny_release: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(tiny_release, tmp_path / "releases" / tiny_release.name))
     islands = json.loads((plain / "manifest.json").read_text())["graphs"][0]["islands"]
     more = {"query_tower": ["node_gelu"]}
     again = publish(TOWERS, tmp_path / "releases", Console(quiet=True), more)
