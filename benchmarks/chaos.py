@@ -139,7 +139,10 @@ ROWS: dict[str, Row] = {
         none_of("read", "missed", "harmed"),
     ),
     "storage": Row(
-        3000, lambda house, size: asdict(storage(size)), none_of("lost", "unclear", "unseen")
+        # Rows whose bytes were changed are counted and not judged: an audit is there to find them.
+        3000,
+        lambda house, size: asdict(storage(size)),
+        none_of("lost", "unclear"),
     ),
 }
 

@@ -73,12 +73,15 @@ def test_the_exact_search_is_exact_and_reads_in_steps(
         scores = QUERIES @ STORED[list(rows)].T
         best = np.argsort(-scores, axis=1)[:, :10]
         found = Exact.search(filled, QUERIES, 10, condition)
-        assert found.ids == [[IDS[rows[n]] for n in row] for row in best]
-        assert np.stack(found.scores) == pytest.approx(np.sort(scores)[:, :-11:-1], abs=1e-6)
+        assert found.ids.tolist() == [[IDS[rows[n]] for n in row] for row in best]
+        assert found.scores == pytest.approx(np.sort(scores)[:, :-11:-1], abs=1e-6)
 
 
 def test_recall_counts_what_is_missing_and_forgives_ties() -> None:
-    exact = Exact([["a", "b", "c", "d"]], [np.array([0.9, 0.8, 0.7, 0.6], np.float32)])
+    exact = Exact(np.eye(1, 2, dtype=np.float32), 4)
+    exact.add(
+        [{"id": i, "vector": [score, 0]} for i, score in zip("abcdz", (0.9, 0.8, 0.7, 0.6, 0))]
+    )
 
     def of(*found: tuple[str, float]) -> float:
         return exact.recall([[Hit(i, score, "", {}) for i, score in found]], 4)
@@ -88,7 +91,7 @@ def test_recall_counts_what_is_missing_and_forgives_ties() -> None:
     assert of(("a", 0.9), ("b", 0.8), ("c", 0.7), ("e", 0.59)) == 0.75
     assert of(("a", 0.9), ("a", 0.9), ("a", 0.9), ("a", 0.9)) == 0.25
     assert of() == 0
-    assert Exact([[]], [np.array([], np.float32)]).recall([[]], 4) == 1
+    assert Exact(np.eye(1, 2, dtype=np.float32), 4).recall([[]], 4) == 1
 
 
 def test_a_graph_of_milvus_lite_loses_filtered_hits(filled: Collection) -> None:

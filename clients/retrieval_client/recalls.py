@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,32 +36,37 @@ def condition_of(share: float) -> str:
     return "" if share >= 1 else f"{BUCKET.name} < {round(share * BUCKETS)}"
 
 
-@dataclass(frozen=True)
 class Exact:
-    """The best rows of each query: ids and scores, best first; fewer where fewer pass."""
+    """The best rows of each query: `ids` and `scores`, best first; fewer where fewer were shown."""
 
-    ids: Sequence[Sequence[str]]
-    scores: Sequence[Array]
+    def __init__(self, queries: Array, depth: int) -> None:
+        """`queries`: float32 (queries, vector_dim), unit norm, as all stored vectors are."""
+        self._queries, self._depth = queries, depth
+        self.ids = np.empty((len(queries), 0), object)
+        self.scores = np.empty((len(queries), 0), np.float32)
 
     @classmethod
     def search(
         cls, collection: Collection, queries: Array, depth: int, condition: str = ""
     ) -> Exact:
-        """By a pass over all rows under a condition, some thousand at a time.
-
-        `queries`: float32 (queries, vector_dim), unit norm, as all stored vectors are.
-        """
-        ids = np.empty((len(queries), 0), object)
-        scores = np.empty((len(queries), 0), np.float32)
+        """By a pass over all rows under a condition, some thousand at a time."""
+        exact = cls(queries, depth)
         for rows in collection.every([VECTOR.name], condition):
-            vectors = np.asarray([row[VECTOR.name] for row in rows], np.float32)  # (rows, dim)
-            names = np.array([row[ID.name] for row in rows], object)
-            scores = np.concatenate([scores, queries @ vectors.T], axis=1)
-            ids = np.concatenate([ids, np.broadcast_to(names, (len(queries), len(names)))], axis=1)
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-            ids = np.take_along_axis(ids, best, axis=1)
-            scores = np.take_along_axis(scores, best, axis=1)
-        return cls([list(row) for row in ids], list(scores))
+            exact.add(rows)
+        return exact
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Further rows, with ids and vectors."""
+        if not rows:
+            return
+        vectors = np.nan_to_num(np.asarray([row[VECTOR.name] for row in rows], np.float32))
+        names = np.array([row[ID.name] for row in rows], object)
+        scores = np.concatenate([self.scores, self._queries @ vectors.T], axis=1)
+        names = np.broadcast_to(names, (len(self._queries), len(names)))
+        ids = np.concatenate([self.ids, names], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self._depth]
+        self.ids = np.take_along_axis(ids, best, axis=1)
+        self.scores = np.take_along_axis(scores, best, axis=1)
 
     def recall(self, found: Sequence[Sequence[Hit]], depth: int) -> float:
         """Share of the best `depth` that were found; 1 where no row passes."""

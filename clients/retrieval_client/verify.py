@@ -20,7 +20,7 @@ from retrieval_client.catalog import Catalog, Role
 from retrieval_client.changes import Answers, Change, answers_of, changes_between, write_report
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked, ndcg
-from retrieval_client.recall import Exact
+from retrieval_client.recalls import Exact
 from retrieval_client.records import BUCKET, CONTENT_HASH, ID, ROW_HASH, TITLE, VECTOR
 from retrieval_client.rows import candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
@@ -127,7 +127,7 @@ class Verify:
             self._against_serving(book, found)
             if wanted.source is not None:
                 self._against_source(book, sample, looked, found)
-        recall = exact.recall(ours.hits[:QUERIES])
+        recall = exact.recall(ours.hits[:QUERIES], DEPTH)
         found.say("recall", f"at least {LOWEST_RECALL}", f"{recall:.4f}", recall >= LOWEST_RECALL)
         self._probe(wanted.probes, found)
         judge(asked, ours, theirs, wanted.ndcg_loss, found)
