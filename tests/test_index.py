@@ -80,7 +80,10 @@ def test_the_exact_search_is_exact_and_reads_in_steps(
 def test_recall_counts_what_is_missing_and_forgives_ties() -> None:
     exact = Exact(np.eye(1, 2, dtype=np.float32), 4)
     exact.add(
-        [{"id": i, "vector": [score, 0]} for i, score in zip("abcdz", (0.9, 0.8, 0.7, 0.6, 0))]
+        [
+            {"id": i, "vector": [score, 0]}
+            for i, score in zip("abcdz", (0.9, 0.8, 0.7, 0.6, 0), strict=True)
+        ]
     )
 
     def of(*found: tuple[str, float]) -> float:
