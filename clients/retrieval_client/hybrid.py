@@ -15,8 +15,8 @@ from retrieval_contract.errors import ContractError
 
 VECTOR_ROUTE, WORDS_ROUTE = "vector", "words"
 
-WORDS_WEIGHT = 0.45
-"""By SCORES; what judged queries of several catalogs choose (`python -m benchmarks.hybrid`)."""
+WORDS_WEIGHT = 0.4
+"""By SCORES; what the judged queries of four catalogs choose (`python -m benchmarks.hybrid`)."""
 
 
 class Fusion(StrEnum):
