@@ -6,8 +6,10 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +231,29 @@ def test_reading_makes_no_store(lite: Settings) -> None:
     with Catalog(lite) as catalog, pytest.raises(CollectionGone, match="retrieval push"):
         catalog.serving()
     assert not Path(lite.milvus).exists()
+
+
+def test_of_many_who_find_it_old_one_looks(
+    shared: Settings, stored: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`stored` is asked for so that there is something behind the alias."""
+    with Catalog(shared) as catalog:
+        known, looks = catalog.serving(), []
+        going_on = threading.Event()
+
+        def slowly(alias: str, deadline: object) -> Collection:
+            looks.append(alias)
+            going_on.wait(10)
+            return stored
+
+        monkeypatch.setattr(catalog, "_look", slowly)
+        with ThreadPoolExecutor(9) as pool:
+            found = [pool.submit(catalog.serving, max_age_s=1e-9) for _ in range(9)]
+            done = as_completed(found, timeout=10)
+            assert all(next(done).result() is known for _ in range(8))
+            going_on.set()
+        assert len(looks) == 1
+        assert {future.result() for future in found} == {known, stored}
 
 
 def test_limits_are_checked(stored: Collection) -> None:

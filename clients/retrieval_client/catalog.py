@@ -57,7 +57,7 @@ class Catalog:
         self.milvus = Milvus(settings)
         self.alias = settings.collection
         self._known: dict[Role, tuple[float, Collection | None]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Catalog:
         return self
@@ -79,13 +79,22 @@ class Catalog:
         deadline: Deadline | None = None,
     ) -> Collection | None:
         """The collection of a role, ready to be read; None where there is none."""
-        if (known := self._known.get(role)) and time.monotonic() - known[0] < max_age_s:
+        known = self._known.get(role)
+        if known and time.monotonic() - known[0] < max_age_s:
             return known[1]
-        asked = time.monotonic()
-        collection = self._look(self.alias + role, deadline or Deadline(self.milvus.timeout_s))
-        with self._lock:
-            self._known[role] = (asked, collection)
-        return collection
+        # Of many who find it old one looks, and the others go on with what is known.
+        looks = self._looking.acquire(blocking=False)
+        if known and max_age_s and not looks:
+            return known[1]
+        try:
+            asked = time.monotonic()
+            collection = self._look(self.alias + role, deadline or Deadline(self.milvus.timeout_s))
+            with self._lock:
+                self._known[role] = (asked, collection)
+            return collection
+        finally:
+            if looks:
+                self._looking.release()
 
     def forget(self) -> None:
         """Ask anew what the aliases point to."""
