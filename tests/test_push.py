@@ -215,6 +215,15 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(shop: Shop) -> None:
     assert shop.push([row(at) for at in range(40)]).stored == 40
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to it, which a shell takes from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_push_stops_at_once_when_it_is_told_to(shop: Shop) -> None:
     """Ctrl-C waits for no encoder."""
     encoder, release = shop.encoders.by_release[RELEASE], threading.Event()
