@@ -20,6 +20,7 @@ from deploy.milvus import milvus_server as start_milvus
 from deploy.milvus_wheel import MILVUS_FOLDER, find_binary
 from deploy.security import Tls
 from retrieval_client import Catalog, Settings
+from retrieval_client.collection import Ask
 from retrieval_client.connect import tls_arguments
 from retrieval_contract.errors import (
     CatalogError,
@@ -72,8 +73,8 @@ def test_killed_it_is_back_at_the_same_address_with_all_rows(
         start_milvus(data, log=log) as server,
         Catalog(Settings(milvus=server.uri)) as catalog,
     ):
-        catalog.prepare(RELEASE, DIM)
-        catalog.upsert([product_row(str(i), DIM, i) for i in range(50)])
+        stored = catalog.prepare(RELEASE, DIM)
+        stored.upsert([product_row(str(i), DIM, i) for i in range(50)])
         address = server.uri
         with pytest.raises(DeployError, match="another Milvus server uses it"):
             start_milvus(data).__enter__()
@@ -83,11 +84,11 @@ def test_killed_it_is_back_at_the_same_address_with_all_rows(
         os.kill(server._room.pid, signal.SIGKILL)
         assert gone(server.pid), "the server outlived the one who started it"
         with pytest.raises(CatalogUnavailable, match="see that it runs"):
-            catalog.count()
+            stored.count()
         server.restart()
         assert server.uri == address
-        assert catalog.count() == 50
-        (hits,) = catalog.search(product_row("7", DIM, 7).vector[None], limit=1)
+        assert stored.count() == 50
+        (hits,) = stored.search(product_row("7", DIM, 7).vector[None], Ask(1))
         assert hits[0].id == "7"
     assert gone(server.pid)
 
@@ -222,7 +223,7 @@ def guarded(
 
 def test_who_has_the_papers_is_served(guarded: Settings) -> None:
     with Catalog(guarded) as catalog:
-        assert catalog.info() is None
+        assert catalog.find() is None
 
 
 @pytest.mark.parametrize(("token", "said"), [("root:wrong", "auth check failure"), ("", "missing")])
@@ -232,7 +233,7 @@ def test_a_wrong_token_is_said_and_is_no_outage(guarded: Settings, token: str, s
         Catalog(guarded.override(milvus_token=token)) as catalog,
         pytest.raises(CatalogError, match=rf"{said}.*give `user:password`") as refused,
     ):
-        catalog.info()
+        catalog.find()
     assert not isinstance(refused.value, CatalogUnavailable)
 
 
@@ -249,18 +250,18 @@ def test_a_server_we_do_not_trust_gets_no_token(
     """Though another client of this process has talked to it before."""
     change = {k: str(papers / v) if v.endswith(".pem") else v for k, v in change.items()}
     with Catalog(guarded) as trusting, Catalog(guarded.override(**change)) as catalog:
-        assert trusting.info() is None
+        assert trusting.find() is None
         with pytest.raises(CatalogUnavailable, match=said):
-            catalog.info()
+            catalog.find()
 
 
 def test_a_server_that_asks_for_a_certificate_refuses_who_has_none(guarded: Settings) -> None:
     with Catalog(guarded.override(milvus_cert="", milvus_key="")) as catalog:
         if guarded.milvus_cert:
             with pytest.raises(CatalogUnavailable):
-                catalog.info()
+                catalog.find()
         else:
-            assert catalog.info() is None
+            assert catalog.find() is None
 
 
 @pytest.mark.parametrize(
