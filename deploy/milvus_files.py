@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def write_config(data: Path, session_ttl_s: int, tls: Tls | None, token: bool) -
     return folder
 
 
+DYING_S = 2.0
+"""A killed server holds its lock until the last of its threads is gone."""
+
+
+def lock_within(file: int, seconds: float) -> None:
+    """Lock a file; BlockingIOError when somebody else has it all the time."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def locked(data: Path) -> Iterator[int]:
     """The number of a locked file: who inherits it holds the lock on. DeployError when it is held.
@@ -67,7 +84,7 @@ def locked(data: Path) -> Iterator[int]:
     file = os.open(data / "lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_within(file, DYING_S)
         except BlockingIOError as exc:
             raise DeployError(
                 f"{data}: another Milvus server uses it; stop that one, or give another folder"

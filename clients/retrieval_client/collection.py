@@ -278,8 +278,8 @@ class Collection:
         """
         self.need_words()
         found = self._search(WORDS.name, list(texts), ask or Ask(), deadline)
-        # Milvus Lite calls it a distance: less is better.
-        return [[replace(hit, score=abs(hit.score)) for hit in hits] for hits in found]
+        # Milvus Lite calls it a distance: less is better; and may add products that have no word.
+        return [[replace(hit, score=abs(hit.score)) for hit in hits if hit.score] for hits in found]
 
     def _search(
         self, field: str, data: list[Any], ask: Ask, deadline: Deadline | None
