@@ -137,8 +137,8 @@ def test_a_command_runs_inside_and_its_exit_code_is_ours(
 ) -> None:
     script = (
         "import os, socket; from retrieval_client import Catalog, Settings; "
-        "s = Settings.from_env(); c = Catalog(s); "
-        "print(s.milvus, c.milvus.backend.version, [n for _, n in socket.if_nameindex()]); os._exit(7)"
+        "s = Settings.from_env(); version = Catalog(s).milvus.backend.version; "
+        "print(s.milvus, version, [n for _, n in socket.if_nameindex()]); os._exit(7)"
     )
     done = subprocess.run(
         command(tmp_path / "data", "--run", sys.executable, "-c", script),
