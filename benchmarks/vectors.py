@@ -24,6 +24,7 @@ from deploy.milvus import milvus_server
 from deploy.server import LATEST, triton
 from deploy.wheel import ROOT
 from retrieval_client import Catalog, Collection, Encoder, ProductRow, Settings
+from retrieval_client.index import build, graph
 from retrieval_contract.tensors import Array
 
 SHOP = REAL_CATALOG.parent / "homedepot_relevance"
@@ -89,6 +90,8 @@ def fill(settings: Settings, vectors: Array) -> Collection:
             rows = range(start, min(start + WRITE_ROWS, len(vectors)))
             collection.upsert([_row(n, vectors[n]) for n in rows])
         collection.flush()
+        if not collection.milvus.lite:
+            build(collection, graph())  # and waits for it
     return catalog.serving(max_age_s=0)
 
 
