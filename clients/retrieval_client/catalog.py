@@ -26,7 +26,7 @@ from retrieval_client.milvus import Milvus
 from retrieval_client.records import ID, VECTOR, WORDS, field_parameters
 from retrieval_client.settings import Settings
 from retrieval_contract import models
-from retrieval_contract.errors import CollectionGone, ReleaseMismatch
+from retrieval_contract.errors import CatalogError, CollectionGone, ReleaseMismatch
 from retrieval_contract.release import RELEASE_PARAMETER
 
 INFO_TTL_S = 5.0
@@ -238,12 +238,17 @@ class Catalog:
         """Let the role's alias mean this collection from now on, in one step."""
         alias, patience_s = self.alias + role, self.milvus.write_timeout_s
         client = self.milvus.client
-        try:  # there is no "create or alter"
+        with self.milvus.errors(f"alias {alias}"):  # there is no "create or alter"
+            there = client.has_collection(alias, timeout=patience_s)
+        likely, other = client.alter_alias, client.create_alias
+        if not there:  # or it is of a collection that is no more, as old servers keep them
+            likely, other = other, likely
+        try:
             with self.milvus.errors(f"alias {alias}"):
-                client.alter_alias(name, alias, timeout=patience_s)
-        except CollectionGone:
+                likely(name, alias, timeout=patience_s)
+        except CatalogError:
             with self.milvus.errors(f"alias {alias}"):
-                client.create_alias(name, alias, timeout=patience_s)
+                other(name, alias, timeout=patience_s)
         self.forget()
 
     def unpoint(self, role: Role) -> None:
