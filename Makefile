@@ -54,7 +54,7 @@ $(MILVUS_FOLDER)/.done: requirements/milvus.lock deploy/milvus_wheel.py $(VENV)/
 demo: setup  ## the whole path on real products; CATALOG=path takes your own
 	$(PY) -m deploy.demo $(if $(CATALOG),--catalog "$(CATALOG)")
 
-test: setup  ## linters, types, and all tests on the real Triton and Milvus Lite
+test: setup  ## linters, types, and all tests on the real Triton, Milvus Lite and server
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -91,7 +91,7 @@ tune: release  ## which copies, threads and delays suit this machine; P99_MS=50 
 ledger: release  ## where the time of a search goes, line by line
 	$(PY) -m benchmarks.ledger
 
-chaos: release  ## kills, restarts, hostile bytes, overload, soak: about an hour; SCALE=0.02 for less
+chaos: release  ## kills, outages, hostile bytes, overload, soak, ingestion: hours; SCALE=0.02 for less
 	$(PY) -m benchmarks.chaos --scale $(SCALE) \
 	    $(if $(DATA),--queries "$(DATA)" --products "$(DATA)")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import statistics
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from rich.table import Table
 from tritonclient.grpc import InferenceServerClient
 
 from benchmarks.inflight import keep_in_flight
+from benchmarks.program import print_report
 from benchmarks.workload import QUERY_COLUMN, Workload, built_in_queries, queries_from_csv
 from deploy.query_cache import MEBIBYTE, RISK
 from deploy.server import LATEST, Server, triton
@@ -195,10 +195,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     """Command line."""
-    try:
-        print(json.dumps(run(parser().parse_args())))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ nDCG@10. A default must serve catalogs that nobody has judged: so each folder is
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +25,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.program import print_report
 from retrieval_client import Catalog, ProductRow, Settings
 from retrieval_client.collection import Ask, Collection
 from retrieval_client.hybrid import Fusion, Hybrid
 from retrieval_client.records import TITLE, Hit
-from retrieval_contract.errors import RetrievalError, SourceError
+from retrieval_contract.errors import SourceError
 from towers.checkpoint import SHIPPED, load_make
 from towers.evaluate import side_of
 from towers.learning.catalog import ProductData, Query, read_data
@@ -235,10 +235,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    try:
-        print(json.dumps(run(parser().parse_args(argv))))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import threading
@@ -23,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.program import print_report
 from benchmarks.workload import Workload, built_in_queries, queries_from_csv
 from deploy.server import LATEST, triton
 from retrieval_client import Catalog, ProductRow, ProductSearch, Settings
@@ -142,10 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Figures]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    try:
-        print(json.dumps(run(parser().parse_args(argv))))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import time
@@ -31,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.inflight import Answered, keep_calling, keep_in_flight
+from benchmarks.program import print_report
 from benchmarks.workload import built_in_queries, queries_from_csv
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import LATEST, Server, triton
@@ -311,10 +311,7 @@ def batches(server: Server, seconds: float) -> Ask:
 def main() -> None:
     """Command line."""
     os.environ["TOKENIZERS_PARALLELISM"] = "0"  # one core is one core
-    try:
-        print(json.dumps(run(parser().parse_args())))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import statistics
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.inflight import keep_calling
+from benchmarks.program import print_report
 from benchmarks.workload import built_in_queries, queries_from_csv
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import LATEST, Server, triton
@@ -276,10 +276,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, object]]:
 def main() -> None:
     """Command line."""
     os.environ["TOKENIZERS_PARALLELISM"] = "0"
-    try:
-        print(json.dumps(run(parser().parse_args())))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from benchmarks.__main__ import positive
 from benchmarks.frontier import Point, best_under, frontier, page, svg
 from benchmarks.inflight import Answered, keep_calling, keep_in_flight
 from benchmarks.limit import PRODUCTS, Row, shuffled
+from benchmarks.program import print_report
 from benchmarks.workload import Workload, built_in_queries, queries_from_csv
 from deploy.query_cache import add_cache_flag
 from deploy.rendered.catalog import write_rendered_catalog
@@ -228,10 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     """Command line."""
-    try:
-        print(json.dumps(run(parser().parse_args())))
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    print_report(run, parser().parse_args())
 
 
 if __name__ == "__main__":
