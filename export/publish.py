@@ -32,6 +32,7 @@ from PIL import Image
 from rich.console import Console
 
 from deploy.engines.profiles import profiles_of
+from deploy.locking import locked
 from export.config_from_contract import configs_of, text_of
 from export.half import half_of, half_share, islands_of, typed
 from export.onnx_from_towers import onnx_from_towers
@@ -139,15 +140,27 @@ def graph_file(model: Model, name: str) -> str:
 def publish(
     towers: TwoTowers, releases: Path, console: Console, islands: Islands = NO_ISLANDS
 ) -> Path:
-    """Build `<releases>/<release_id>` unless this very code built it already; return it."""
+    """Build `<releases>/<release_id>` unless this very code built it already; return it.
+
+    Who comes while another builds in the same folder waits, and finds it built.
+    """
     release = towers.release()
     home = releases / release.release_id
-    if _is_built(home, islands):
-        console.print(f"release {release.release_id} is already built: {home}")
-        _point_latest(home)
-        return home
     releases.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=releases, prefix=".building-") as name:
+    with locked(releases / ".lock"):
+        if _is_built(home, islands):
+            console.print(f"release {release.release_id} is already built: {home}")
+        else:
+            _build(towers, release, home, console, islands)
+            console.print(f"release {release.release_id} built: {home}")
+        _point_latest(home)
+    return home
+
+
+def _build(
+    towers: TwoTowers, release: Release, home: Path, console: Console, islands: Islands
+) -> None:
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as name:
         folder = Path(name) / release.release_id
         graphs = write_onnx(towers, folder, console, islands)
         probes_of(towers, release, folder).save(folder)
@@ -157,9 +170,6 @@ def publish(
         if home.exists():  # made by other code: replace it whole
             home.rename(Path(name) / "old")
         folder.rename(home)
-    _point_latest(home)
-    console.print(f"release {release.release_id} built: {home}")
-    return home
 
 
 def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:

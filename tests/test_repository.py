@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 from deploy.server import LOOPBACK, check_release, choose_ports, triton
 from export.__main__ import reference_release
 from export.config_from_contract import UNRELEASED, config_from_text, configs_of
-from export.publish import SOURCES, publish
+from export.publish import SOURCES, publish, write_onnx
 from retrieval_client import Catalog, Encoder, ProductSearch, Settings
 from retrieval_contract import models
 from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
@@ -139,6 +140,21 @@ def test_other_code_rebuilds_a_release(own_release: Path, monkeypatch: pytest.Mo
     publish(tiny_make(), own_release.parent, Console(quiet=True))
     manifest = json.loads((own_release / "manifest.json").read_text())
     assert manifest["code"] == "other code"
+
+
+def test_who_comes_while_it_is_built_waits_and_finds_it_built(
+    own_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once: of two who build, the later would put its folder in the other's place."""
+    built = []
+    monkeypatch.setattr("export.publish.code_fingerprint", lambda: "other code")
+    monkeypatch.setattr(
+        "export.publish.write_onnx", lambda *given: built.append(1) or write_onnx(*given)
+    )
+    towers, quiet = tiny_make(), Console(quiet=True)
+    with ThreadPoolExecutor() as pool:
+        homes = list(pool.map(lambda _: publish(towers, own_release.parent, quiet), range(2)))
+    assert (homes, len(built)) == ([own_release] * 2, 1)
 
 
 def test_a_damaged_release_is_rebuilt(own_release: Path) -> None:

@@ -8,17 +8,15 @@ The key is a hash of all that an engine depends on, so that nothing ever has to 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploy.engines.builder import Engine
+from deploy.locking import locked
 from retrieval_contract.models import PLAN_FILE
 from retrieval_contract.release import sha256_of_json
 
@@ -53,7 +51,7 @@ def cached(origin: Origin, cache: Path, build: Callable[[], Engine]) -> Path:
     """
     cache.mkdir(parents=True, exist_ok=True)
     home = cache / origin.folder
-    with _locked(cache / f"{origin.folder}.lock"):
+    with locked(cache / f"{origin.folder}.lock"):
         if not is_whole(home, origin):
             _write(home, origin, build())
     return home / PLAN_FILE
@@ -89,14 +87,3 @@ def _write(home: Path, origin: Origin, engine: Engine) -> None:
         if home.exists():
             home.rename(Path(name) / "old")
         fresh.rename(home)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone on this machine or volume; the kernel lets go when the process ends."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
