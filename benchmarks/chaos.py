@@ -139,10 +139,9 @@ ROWS: dict[str, Row] = {
         none_of("read", "missed", "harmed"),
     ),
     "storage": Row(
-        # Rows whose bytes were changed are counted and not judged: an audit is there to find them.
         3000,
         lambda house, size: asdict(storage(size)),
-        none_of("lost", "unclear"),
+        none_of("lost", "unclear", "unseen"),
     ),
 }
 

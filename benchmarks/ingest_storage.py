@@ -1,7 +1,7 @@
 """python -m benchmarks.ingest_storage: a Milvus Lite whose disk is full, torn, read-only or taken.
 
 Each trouble is made on purpose; then: is it said clearly, does a look at the catalog say what is
-missing, and does a push repair it? The encoder is a stand-in, so that every vector can be compared.
+wrong, and does it repair that? The encoder is a stand-in, so that every vector can be compared.
 A step is a process of its own, because Milvus Lite holds its folder until its process ends.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stand_in import StandIns
+from retrieval_client.audit import Audit
 from retrieval_client.catalog import Catalog
-from retrieval_client.feed import Plan
 from retrieval_client.push import Push
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
@@ -44,15 +44,20 @@ def rows(count: int) -> Iterator[SourceRow]:
 
 
 def step(what: str, place: Path, count: int) -> dict[str, Any]:
-    """Push, look what a push would do ("dry"), search, or compare every row ("check")."""
+    """Push, audit, "repair" (an audit, then a push), search, or compare every row ("check")."""
     settings = Settings(milvus=str(place), retry_s=1.0, push_timeout_s=20.0)
     stand_ins = StandIns(RELEASE, vector_dim=DIM)
     with Catalog(settings) as catalog:
-        if what in ("push", "dry"):
-            push = Push(settings, stand_ins, catalog, Plan(dry=what == "dry"))  # type: ignore
-            report = push.run(rows(count))
+        if what in ("audit", "repair"):
+            audit = Audit(catalog)
+            report = audit.run(rows(count))
+            if what == "audit":
+                return dict(report.found[0].counts)
+            audit.mend(report)
+        if what in ("push", "repair"):
+            fed = Push(settings, stand_ins, catalog).run(rows(count))  # type: ignore[arg-type]
             names = ("encoded", "renewed", "stored", "unchanged")
-            return {name: getattr(report, name) for name in names}
+            return {name: getattr(fed, name) for name in names}
         collection, encoder = catalog.serving(), stand_ins.by_release[RELEASE]
         if what == "search":
             (hits,) = collection.search(encoder.vector("product 1", b"")[None])
@@ -99,20 +104,20 @@ class Storage:
     unclear: int = 0
     lost: int = 0
     unseen: int = 0
-    """Troubles of which the look before the repair said nothing, although rows were gone."""
+    """Troubles of which the audit before the repair named fewer rows than were wrong."""
     seen: dict[str, Any] = field(default_factory=dict)
 
 
 def repaired(name: str, place: Path, count: int, found: Storage, **seen: Any) -> None:
     """Look, repair, compare."""
     found.trials += 1
-    before, look = said("check", place, count), said("dry", place, count)
-    push, after = said("push", place, count), said("check", place, count)
+    before, look = said("check", place, count), said("audit", place, count)
+    push, after = said("repair", place, count), said("check", place, count)
     all_said = [before, look, push, after, *(s for s in seen.values() if isinstance(s, Said))]
     found.unclear += sum(not each.clear for each in all_said)
     found.lost += after.found.get("wrong", count)
     gone = before.found.get("wrong", 0)
-    told = bool(look.error) or look.found.get("encoded", 0) + look.found.get("renewed", 0) >= gone
+    told = bool(look.error) or sum(look.found.values()) >= gone
     found.unseen += not told
     found.seen[name] = {
         "gone": before.error[:300] or gone,
@@ -172,7 +177,7 @@ def torn(folder: Path, count: int, found: Storage) -> None:
             unflushed(place, count)
         harmed, refused = harm(place, pattern), Said()
         if pattern != "*wal*/*":
-            refused = said("dry", place, count)
+            refused = said("audit", place, count)
         if refused.error:  # as it says: its file is moved away
             found.unclear += "move a file that is damaged away" not in refused.error
             for path in [path for file in harmed for path in place.rglob(file)]:

@@ -146,6 +146,7 @@ PRODUCTS = Collection(
         Field("title", "VARCHAR", "as given, cleaned", max_bytes=8192),
         Field("content_hash", "VARCHAR", "release id, and a hash of title, image", max_bytes=64),
         Field("row_hash", "VARCHAR", "of all that the source says of it", max_bytes=64),
+        Field("checksum", "INT64", "of title, attributes and vector, as they were written"),
         Field("bucket", "INT64", "a hash of the id, 0 to BUCKETS - 1"),
         Field("attributes", "JSON", "the source's other columns"),
         Field("thumbnail", "VARCHAR", "base64 JPEG for result pages, or empty", max_bytes=65535),

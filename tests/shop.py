@@ -11,6 +11,7 @@ from retrieval_client import Catalog, Collection, Settings
 from retrieval_client.catalog import Role
 from retrieval_client.feed import LOOK_UP_ROWS, Plan
 from retrieval_client.push import Push, PushReport
+from retrieval_client.shards import FIELDS
 from retrieval_client.sources import SourceRow
 from tests.conftest import photo
 
@@ -55,6 +56,13 @@ class Shop:
             self.collection.delete(ids[start : start + LOOK_UP_ROWS])
         self.encoders = StandIns(RELEASE)
         return self
+
+
+def damage(collection: Collection, product_id: str, **changed: Any) -> None:
+    """As a damaged file would have it: fields are not what was written."""
+    fields = [field.name for field in FIELDS]
+    row = collection.of_ids([product_id], fields)[product_id]
+    collection.milvus.client.upsert(collection.name, [row | changed])
 
 
 class candidate:

@@ -6,10 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.stand_in import StandIns
 from retrieval_client import Catalog, Collection, Encoders, ProductRow, Settings
 from retrieval_client.__main__ import main
 from retrieval_client.audit import KINDS, Audit
@@ -17,6 +19,7 @@ from retrieval_client.push import Push
 from retrieval_client.rows import candidate_from_row
 from retrieval_client.sources import SourceRow
 from tests.conftest import product_row
+from tests.shop import damage
 
 DIM, RELEASE = 8, "0123456789abcdef"
 
@@ -51,6 +54,13 @@ def test_what_is_right_is_found_right(filled: tuple[Catalog, Collection]) -> Non
     assert (report.read, report.refused, found.stored) == (20, 0, 20)
 
 
+def test_of_an_empty_collection_everything_is_missing(milvus: Settings) -> None:
+    with Catalog(milvus) as catalog:
+        catalog.prepare(RELEASE, DIM)
+        (found,) = Audit(catalog).run(source(20)).found
+    assert (found.stored, found.counts["missing"], sum(found.counts.values())) == (0, 20, 20)
+
+
 def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Collection]) -> None:
     catalog, collection = filled
     collection.delete(["p1"])
@@ -61,10 +71,13 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     collection.upsert([other, changed, older, surplus])
     long = 2 * stored_row(source(20)[5]).vector
     wanted = {"p1": "missing", "p2": "other_release", "p3": "stale", "p4": "stale"}
-    wanted |= {"p99": "surplus", "p5": "norm"}
-    put_unchecked(collection, "p5", long)
+    wanted |= {"p99": "surplus", "p5": "norm", "p7": "damaged", "p8": "damaged", "p9": "damaged"}
+    damage(collection, "p5", vector=long)
+    damage(collection, "p7", vector=stored_row(source(20)[6]).vector)
+    damage(collection, "p8", title="red dress number 3")
+    damage(collection, "p9", attributes={"price": 1})
     if collection.milvus.lite:  # a server refuses it
-        put_unchecked(collection, "p6", np.full(DIM, np.nan, np.float32))
+        damage(collection, "p6", vector=np.full(DIM, np.nan, np.float32))
         wanted["p6"] = "not_finite"
     (found,) = Audit(catalog).run(source(20)).found
     named = {product_id: kind for kind, ids in found.examples.items() for product_id in ids}
@@ -73,11 +86,26 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     assert sum(found.counts.values()) == len(wanted)
 
 
-def put_unchecked(collection: Collection, product_id: str, vector: np.ndarray) -> None:
-    """As a damaged file would have it: `Collection.upsert` refuses such vectors."""
-    fields = ["title", "content_hash", "row_hash", "bucket", "attributes", "thumbnail"]
-    row = collection.of_ids([product_id], fields)[product_id]
-    collection.milvus.client.upsert(collection.name, [{**row, "vector": vector}])
+ODD: dict[str, Any] = {
+    "whole": 1.0,
+    "numbers": [0, -0.0, 1e-7, 0.1 + 0.2, 1e308, 5e-324, 2**53 + 1, -(2**63), 2**64 - 1],
+    "words": ["ünïcode", "\u2028", "\x00", "🛍", 'a "quote" \\', ""],
+    "nested": {"b": {}, "a": [[], [None, True]]},
+    "nothing": None,
+}
+
+
+def test_what_a_milvus_does_to_attributes_is_no_damage(milvus: Settings) -> None:
+    """Each brings them back in words of its own; the checksum must not depend on those."""
+    rows = [
+        SourceRow(f"p{at}", b"a mug", attributes={name: value})
+        for at, (name, value) in enumerate(ODD.items())
+    ]
+    with Catalog(milvus) as catalog:
+        catalog.prepare(RELEASE, DIM)
+        stand_ins = StandIns(RELEASE, vector_dim=DIM)
+        assert Push(milvus, stand_ins, catalog).run(rows).stored == len(rows)
+        assert Audit(catalog).run(rows).clean
 
 
 def test_rows_that_cannot_be_stored_are_neither_missing_nor_surplus(
@@ -100,11 +128,13 @@ def test_a_repair_makes_it_what_the_source_says(settings: Settings, tmp_path: Pa
         collection = catalog.serving()
         collection.delete(["p1"])
         wrong = encoders.for_collection(collection.info).encode_products(["a blue mug"], [b""])
-        put_unchecked(collection, "p2", wrong.vectors[0])  # sound, but of another product
+        other = stored_row(rows[2], collection.info.release_id)
+        collection.upsert([dataclasses.replace(other, vector=wrong.vectors[0])])
+        damage(collection, "p3", title="a mug")
         command = ("audit", tmp_path / "source.jsonl", "--sample", "40", "--json")
         code, said, _ = retrieval(capsys, settings, *command)
         (found,) = json.loads(said)["collections"]
-        wanted = {"missing": 1, "surplus": 1, "differs": 1}
+        wanted = {"missing": 1, "surplus": 1, "damaged": 1, "differs": 1}
         assert (code, found["sampled"]) == (3, 39)
         assert {kind: count for kind, count in found["counts"].items() if count} == wanted
         code, said, _ = retrieval(capsys, settings, *command, "--repair")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from benchmarks.ingest import Kills, Shelf, kill_push, kills
 from benchmarks.ingest_faults import hostile
 from benchmarks.ingest_state import compare
-from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, unflushed
+from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, scratch, unflushed
 from benchmarks.stand_in import StandIns
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
@@ -70,19 +71,23 @@ def test_hostile_words_read_and_harm_nobody(milvus: Settings) -> None:
     assert (found.read, found.missed, found.harmed, found.examples) == (0, 0, 0, [])
 
 
-@pytest.mark.parametrize(("pattern", "flushed"), [("*wal*/*", False), ("*.idx", True)])
-def test_a_torn_store_is_seen_and_repaired(tmp_path: Path, pattern: str, flushed: bool) -> None:
+@pytest.mark.parametrize(
+    ("harm", "pattern"), [(cut, "*wal*/*"), (cut, "*.idx"), (scratch, "*.parquet")]
+)
+def test_a_torn_store_is_seen_and_repaired(
+    tmp_path: Path, harm: Callable[[Path, str], list[str]], pattern: str
+) -> None:
     place, found = tmp_path / "catalog.db", Storage()
-    if flushed:
+    if pattern != "*wal*/*":
         command = [sys.executable, "-m", "benchmarks.ingest_storage", "push", str(place)]
         subprocess.run([*command, "--rows", "300"], cwd=ROOT, check=True)
     else:
         unflushed(place, 300)
-    harmed = cut(place, pattern)
+    harmed = harm(place, pattern)
     repaired("torn", place, 300, found, harmed=harmed)
     assert (found.trials, found.unclear, found.unseen, found.lost) == (1, 0, 0, 0), found
-    if pattern == "*wal*/*":
-        assert harmed
+    assert harmed or pattern == "*.idx"
+    if pattern != "*.idx":
         assert found.seen["torn"]["gone"] > 0, "else the test shows nothing"
 
 

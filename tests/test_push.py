@@ -23,7 +23,7 @@ from retrieval_contract.errors import (
     ServerUnavailable,
     TooMuchToDelete,
 )
-from tests.shop import RELEASE, Shop, candidate, row
+from tests.shop import PHOTO, RELEASE, Shop, candidate, damage, row
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,15 @@ def test_a_price_changes_without_encoding_and_the_vector_stays_bit_for_bit(shop:
     assert before["p6"]["content_hash"] == after["p6"]["content_hash"]
     assert before["p6"]["row_hash"] != after["p6"]["row_hash"]
     assert after["p6"]["thumbnail"], "of a photo"
+
+
+def test_a_vector_that_is_not_what_was_written_is_not_kept(shop: Shop) -> None:
+    shop.push([row(at, price=1.0) for at in range(9)])
+    damage(shop.collection, "p6", vector=shop.rows()["p3"]["vector"])
+    report = shop.push([row(at, price=2.0) for at in range(9)])
+    assert (report.encoded, report.renewed) == (1, 8)
+    wanted = shop.encoders.by_release[RELEASE].vector("product 6", PHOTO)
+    assert np.allclose(shop.rows()["p6"]["vector"], wanted, atol=1e-6)
 
 
 def test_another_title_is_encoded_and_only_that(shop: Shop) -> None:

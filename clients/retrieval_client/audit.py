@@ -1,7 +1,8 @@
 """Source and collections, compared row by row: what is not as the source says, and mending it.
 
-A pass over every stored row. The hashes tell what a row was made from; the vectors are looked at
-themselves, for a damaged file gives others without a word, and a sample is encoded again.
+A pass over every stored row. The hashes tell what a row was made from; a checksum tells whether it
+is still what was written, since a damaged file gives others without a word. A sample is encoded
+again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog
 from retrieval_client.collection import Collection
 from retrieval_client.fleet import Encoders
-from retrieval_client.records import CONTENT_HASH, ID, NORM_TOLERANCE, ROW_HASH, VECTOR
+from retrieval_client.records import (
+    CHECKED,
+    CONTENT_HASH,
+    ID,
+    NORM_TOLERANCE,
+    ROW_HASH,
+    VECTOR,
+    is_as_written,
+)
 from retrieval_client.rows import Candidate, candidate_from_row, is_good_id
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import ItemError
+from retrieval_contract.tensors import Array
 
 EXAMPLES = 20
 LOWEST_COSINE = 0.999
@@ -33,9 +43,10 @@ KINDS = {
     "duplicate": "stored twice under one id",
     "not_finite": "a vector with NaN or infinity",
     "norm": "a vector that is not of length 1",
+    "damaged": "title, attributes or vector are not what was written",
     "differs": "encoded again it gives another vector (of the sample)",
 }
-ROTTEN = ("other_release", "duplicate", "not_finite", "norm", "differs")
+ROTTEN = ("other_release", "duplicate", "not_finite", "norm", "damaged", "differs")
 """Deleted before a repair, for their hashes may be right."""
 
 
@@ -137,14 +148,14 @@ class Audit:
         info = collection.info
         found = Found(info.name, info.release_id)
         book.empty(info.release_id)
-        for step in collection.every([CONTENT_HASH.name, ROW_HASH.name, VECTOR.name]):
+        for step in collection.every([CONTENT_HASH.name, ROW_HASH.name, *CHECKED]):
             found.stored += len(step)
             for row in step:
                 if book.stored(info.release_id, row[ID.name]):
                     found.say("duplicate", row[ID.name])
                 hashes = (row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name])
                 book.hold(info.release_id, [hashes])
-            look_at_vectors(step, found)
+            look_inside(step, found)
         # A pass may show one row of an id where a count sees two.
         hidden = collection.count() - found.stored
         found.counts["duplicate"] += max(hidden, 0)
@@ -172,15 +183,20 @@ class Reservoir:
             self.items[place] = item
 
 
-def look_at_vectors(rows: list[dict[str, Any]], found: Found) -> None:
-    """Lengths and numbers of the vectors of some stored rows."""
+def look_inside(rows: list[dict[str, Any]], found: Found) -> None:
+    """Some stored rows, for themselves: each is said to have the first of its faults."""
+    if not rows:
+        return
     vectors = np.asarray([row[VECTOR.name] for row in rows], np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
+    finite: Array = np.asarray(np.isfinite(vectors).all(axis=1))
     norms = np.linalg.norm(np.nan_to_num(vectors, posinf=0, neginf=0), axis=1)
-    for at in np.flatnonzero(~finite):
-        found.say("not_finite", rows[at][ID.name])
-    for at in np.flatnonzero(np.logical_and(finite, np.abs(norms - 1) > NORM_TOLERANCE)):
-        found.say("norm", rows[at][ID.name])
+    for row, is_finite, norm in zip(rows, finite, norms, strict=True):
+        if not is_finite:
+            found.say("not_finite", row[ID.name])
+        elif abs(norm - 1) > NORM_TOLERANCE:
+            found.say("norm", row[ID.name])
+        elif not is_as_written(row):
+            found.say("damaged", row[ID.name])
 
 
 def encode_again(

@@ -48,6 +48,7 @@ from retrieval_contract.tensors import Array
 MAX_RESULTS = 16384
 PASS_ROWS, PASS_BYTES = 16_000, 32_000_000
 """A step of a pass over all rows; a step costs Milvus Lite a look at every row."""
+WEIGHED = 64
 SEARCH_PARAMS, FILTERED_PARAMS = "search_params", "filtered_params"
 """The properties of a collection that say how its index is searched, without and with a condition:
 JSON, see `index.tune`."""
@@ -227,8 +228,7 @@ class Collection:
         By ranges of buckets: pymilvus's own iterator pastes the id where it stands into its next
         filter as it is, so that a quote in an id ends the pass or bends it.
         """
-        weight = 4 * self.info.vector_dim if VECTOR.name in fields else 256
-        rows = min(PASS_ROWS, PASS_BYTES // weight)
+        rows = min(PASS_ROWS, PASS_BYTES // self._weight(fields))
         whole = f"({condition}) and " if condition else ""
         step = max(1, models.BUCKETS * rows // max(self.count(condition), 1))
         todo = [(at, at + step) for at in range(0, models.BUCKETS, step)][::-1]
@@ -246,6 +246,14 @@ class Collection:
                     f"{self.name}: expected fewer than {models.BUCKETS * MAX_RESULTS} rows, got "
                     "more; spread them over several catalogs (--collection)"
                 )
+
+    def _weight(self, fields: Sequence[str]) -> int:
+        """Bytes of a row, about; attributes are of any size, so some are looked at."""
+        weight = 4 * self.info.vector_dim if VECTOR.name in fields else 256
+        if ATTRIBUTES.name in fields:
+            some = self.query("", [ATTRIBUTES.name], limit=WEIGHED)
+            weight += sum(len(json.dumps(row[ATTRIBUTES.name])) for row in some) // WEIGHED
+        return weight
 
     def count(self, condition: str = "") -> int:
         """Rows that are there now, deletions and replacements taken into account."""

@@ -15,9 +15,17 @@ from retrieval_client.book import Book, Differences
 from retrieval_client.collection import Collection
 from retrieval_client.encoder import Encoder
 from retrieval_client.patience import Patient
-from retrieval_client.records import CONTENT_HASH, ID, ROW_HASH, VECTOR, ProductRow, check_vectors
+from retrieval_client.records import (
+    CHECKED,
+    CONTENT_HASH,
+    ID,
+    ROW_HASH,
+    VECTOR,
+    ProductRow,
+    is_as_written,
+)
 from retrieval_client.rows import BATCH_BYTES, Candidate, thumbnail
-from retrieval_contract.errors import ContractError, TooMuchToDelete
+from retrieval_contract.errors import TooMuchToDelete
 from retrieval_contract.tensors import Array
 
 WRITE_ROWS, WRITE_S = 1024, 2.0
@@ -133,18 +141,17 @@ class Feed:
         return len(candidates) - len(encode) - len(renew) + self.fed.stored - before
 
     def _renew(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Ready with the vectors that are stored; those whose vector is not sound are returned."""
+        """Ready with the vectors that are stored; those that are not as written are returned."""
         ids, again = [candidate.id for candidate in candidates], []
-        found = self._patiently(partial(self.collection.of_ids, ids, [VECTOR.name]))
+        found = self._patiently(partial(self.collection.of_ids, ids, CHECKED))
         for candidate in candidates:
-            try:
-                vector = np.asarray(found[candidate.id][VECTOR.name], np.float32)
-                check_vectors([candidate.id], vector[None], self.collection.info.vector_dim)
-            except (KeyError, ContractError):
-                again.append(candidate)
-            else:
+            stored = found.get(candidate.id)
+            if stored and is_as_written(stored):
+                vector = np.asarray(stored[VECTOR.name], np.float32)
                 self.fed.renewed += 1
                 self.make_ready(candidate, vector, self.thumbnail(candidate))
+            else:
+                again.append(candidate)
         return again
 
     def thumbnail(self, row: Candidate) -> bytes:

@@ -29,6 +29,7 @@ TIMED = 30
 """Queries that are timed, one at a time."""
 TIE = 1e-5
 """A hit that scores so near the last exact one is as good: catalogs hold equal products."""
+CONFIDENT = 1.645
 
 
 def condition_of(share: float) -> str:
@@ -68,25 +69,38 @@ class Exact:
         self.ids = np.take_along_axis(ids, best, axis=1)
         self.scores = np.take_along_axis(scores, best, axis=1)
 
-    def recall(self, found: Sequence[Sequence[Hit]], depth: int) -> float:
-        """Share of the best `depth` that were found; 1 where no row passes."""
-        wanted = got = 0
+    def recall(self, found: Sequence[Sequence[Hit]], depth: int) -> Array:
+        """Float64 (queries,): share of the best `depth` that were found; 1 where no row passes."""
+        each = []
         for ids, scores, hits in zip(self.ids, self.scores, found, strict=True):
             best, last = set(ids[:depth]), float(scores[:depth].min(initial=np.inf))
             seen = {hit.id: hit.score for hit in hits[:depth]}
-            wanted += len(best)
-            got += sum(hit in best or abs(score - last) < TIE for hit, score in seen.items())
-        return got / wanted if wanted else 1.0
+            got = sum(hit in best or abs(score - last) < TIE for hit, score in seen.items())
+            each.append(got / len(best) if best else 1.0)
+        return np.array(each)
 
 
 def found_at(
     collection: Collection, queries: Array, exact: Exact, depth: int, share: float
-) -> float:
-    """recall@depth of a collection's own search, under the filter that a share of rows passes."""
+) -> Array:
+    """recall@depth of a collection's own search, under the filter that a share of rows passes.
+
+    Float64 (queries,).
+    """
     ask = Ask(depth, condition_of(share))
     steps = range(0, len(queries), TOGETHER)
     found = [hits for n in steps for hits in collection.search(queries[n : n + TOGETHER], ask)]
     return exact.recall(found, depth)
+
+
+def at_least(recalls: Array) -> float:
+    """What the mean over all such queries is at least, with 95 % confidence, by these (queries,).
+
+    The one-sided interval of the normal distribution, mean − 1.645 · s / √n.
+    """
+    if len(recalls) < 2:
+        return float(recalls.mean())
+    return float(recalls.mean() - CONFIDENT * recalls.std(ddof=1) / np.sqrt(len(recalls)))
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,9 @@ def _point(
     share: float,
     server_pid: int | None,
 ) -> Point:
-    of_10, of_100 = (found_at(collection, queries, exact, depth, share) for depth in DEPTHS)
+    of_10, of_100 = (
+        float(found_at(collection, queries, exact, depth, share).mean()) for depth in DEPTHS
+    )
     ask, took = Ask(DEPTHS[0], condition_of(share)), []
     client, server = time.process_time(), cpu_seconds(server_pid)
     for query in queries[np.arange(TIMED) % len(queries)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from retrieval_contract.errors import ContractError, ItemError, Reason
 from retrieval_contract.models import Field
 from retrieval_contract.tensors import Array
 
-ID, TITLE, CONTENT_HASH, ROW_HASH, BUCKET, ATTRIBUTES, THUMBNAIL, VECTOR, WORDS = (
+ID, TITLE, CONTENT_HASH, ROW_HASH, CHECKSUM, BUCKET, ATTRIBUTES, THUMBNAIL, VECTOR, WORDS = (
     models.PRODUCTS.fields
 )
 NORM_TOLERANCE = 1e-3
@@ -71,7 +72,7 @@ def field_parameters(declared: Field, vector_dim: int) -> dict[str, int | bool]:
 
 def stored_from_row(row: ProductRow) -> dict[str, Any]:
     """Field → value, of every field that is written."""
-    return {
+    stored = {
         ID.name: row.id,
         TITLE.name: row.title,
         CONTENT_HASH.name: row.content_hash,
@@ -81,6 +82,22 @@ def stored_from_row(row: ProductRow) -> dict[str, Any]:
         THUMBNAIL.name: base64.b64encode(row.thumbnail).decode(),
         VECTOR.name: row.vector,
     }
+    return stored | {CHECKSUM.name: checksum_of(stored)}
+
+
+CHECKED = [TITLE.name, ATTRIBUTES.name, VECTOR.name, CHECKSUM.name]
+"""Fields of a row that `is_as_written` looks at."""
+
+
+def checksum_of(stored: Mapping[str, Any]) -> int:
+    """CRC-32 of what decides where a row is found and what is said of it."""
+    said = json.dumps([stored[TITLE.name], stored[ATTRIBUTES.name]], sort_keys=True)
+    return zlib.crc32(np.asarray(stored[VECTOR.name], "<f4").tobytes(), zlib.crc32(said.encode()))
+
+
+def is_as_written(stored: Mapping[str, Any]) -> bool:
+    """Whether a stored row's CHECKED fields are, bit for bit, what was once given to Milvus."""
+    return bool(checksum_of(stored) == stored[CHECKSUM.name])
 
 
 def stored_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:

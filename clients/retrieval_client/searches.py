@@ -2,14 +2,16 @@
 
 A call has a price (wire, plan, Python around it) that a search in it does not: one at a time costs
 Milvus many times what the same searches cost in one call. So callers with equal questions (filter,
-limit, fields) are merged as `coalesce.py` does it: a lone one goes at once, whoever comes while a
-call is under way travels with the next. Each keeps its own deadline and gets its own error.
+limit, fields) are merged as `coalesce.py` does it: a lone one goes at once and by itself, those who
+come while calls are under way travel with the next. Each keeps its own deadline and gets its own
+error.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -41,9 +43,11 @@ class _Line:
     def __init__(self, collection: Collection, ask: Ask) -> None:
         self.collection, self.ask = collection, ask
         self.callers = 0
-        self.together: Coalescer[Array, Found] = Coalescer(
-            self._send, most_together(ask), refuse=False
-        )
+
+    @cached_property
+    def together(self) -> Coalescer[Array, Found]:
+        """Made when there is a second one."""
+        return Coalescer(self._send, most_together(self.ask), refuse=False)
 
     def _send(self, vectors: Sequence[Array], deadline: Deadline) -> Found:
         """One call for all. What Milvus refuses of many (an answer too large for the wire), it may
@@ -87,8 +91,11 @@ class Searches:
                 line = self._lines[key] = _Line(collection, ask)
             line.collection = collection  # what was read of it last
             line.callers += 1
+            together = line.together if line.callers > 1 else None
         try:
-            found = line.together(list(vectors), deadline)
+            if together is None:
+                return collection.search(vectors, ask, deadline)
+            found = together(list(vectors), deadline)
         finally:
             with self._lock:
                 line.callers -= 1

@@ -14,14 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from retrieval_client.audit import Found, Reservoir, encode_again, look_at_vectors
+from retrieval_client.audit import Found, Reservoir, encode_again, look_inside
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.changes import Answers, Change, answers_of, changes_between, write_report
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked, ndcg
 from retrieval_client.recalls import Exact
-from retrieval_client.records import BUCKET, CONTENT_HASH, ID, ROW_HASH, TITLE, VECTOR
+from retrieval_client.records import BUCKET, CHECKED, CONTENT_HASH, ID, ROW_HASH, TITLE
 from retrieval_client.rows import candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
@@ -127,7 +127,7 @@ class Verify:
             self._against_serving(book, found)
             if wanted.source is not None:
                 self._against_source(book, sample, looked, found)
-        recall = exact.recall(ours.hits[:QUERIES], DEPTH)
+        recall = float(exact.recall(ours.hits[:QUERIES], DEPTH).mean())
         found.say("recall", f"at least {LOWEST_RECALL}", f"{recall:.4f}", recall >= LOWEST_RECALL)
         self._probe(wanted.probes, found)
         judge(asked, ours, theirs, wanted.ndcg_loss, found)
@@ -166,17 +166,18 @@ class Verify:
         info = self.candidate.info
         looked = Found(info.name, info.release_id)
         strangers = 0
-        for rows in self.candidate.every([*HASHES, VECTOR.name]):
+        for rows in self.candidate.every([*HASHES, *CHECKED]):
             looked.stored += len(rows)
-            look_at_vectors(rows, looked)
+            look_inside(rows, looked)
             exact.add(rows)
             digest.add(rows)
             strangers += sum(
                 not row[CONTENT_HASH.name].startswith(f"{info.release_id}:") for row in rows
             )
             book.hold(info.release_id, ((r[ID.name], *(r[h] for h in HASHES)) for r in rows))
-        bad = looked.counts["norm"] + looked.counts["not_finite"]
-        found.say("vectors", "finite, of length 1", f"{bad} of {looked.stored} not", not bad)
+        bad = sum(looked.counts.values())
+        wanted = "finite, of length 1, as written"
+        found.say("vectors", wanted, f"{bad} of {looked.stored} not", not bad)
         found.say("release of rows", info.release_id, f"{strangers} of another", not strangers)
         return looked
 
