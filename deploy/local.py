@@ -12,16 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.beside import run_beside
+from deploy.beside import add_run_flag, in_terminal, run_beside
 from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
 from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
-from deploy.stopping import Stopped, listen
 from deploy.supervisor import HUNG_S, Restarts, Supervisor, say
 from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
-from retrieval_contract.errors import DeployError, RetrievalError
+from retrieval_contract.errors import DeployError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,19 +47,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--hung-s", type=float, default=HUNG_S, help=f"then a silent model is killed; {HUNG_S}"
     )
-    top.add_argument(
-        "--run",
-        nargs=argparse.REMAINDER,
-        help="run this command beside the server (address in RETRIEVAL_TRITON), then stop",
-    )
+    add_run_flag(top, "beside the server (address in RETRIEVAL_TRITON)")
     return top
 
 
 def main() -> None:
     """Command line: serve until Ctrl-C or SIGTERM."""
     args = parser().parse_args()
-    listen()
-    try:
+    with in_terminal(args):
         ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
         with triton(
             args.release,
@@ -78,12 +72,6 @@ def main() -> None:
                     address = {"RETRIEVAL_TRITON": server.grpc_address}
                     raise SystemExit(run_beside(args.run, address))
                 supervisor.wait()
-    except Stopped as exc:
-        print("stopped", file=sys.stderr)
-        if args.run:  # its caller must not take it for done
-            raise SystemExit(128 + exc.args[0]) from None
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
 
 
 @contextlib.contextmanager

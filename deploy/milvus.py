@@ -23,16 +23,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from deploy.beside import run_beside
+from deploy.beside import add_run_flag, in_terminal, run_beside
 from deploy.logs import LastWords
 from deploy.milvus_files import INNER_PORT, locked, write_config
 from deploy.milvus_wheel import MILVUS_FOLDER, Binary, find_binary
 from deploy.security import Tls
-from deploy.stopping import Stopped, listen
 from retrieval_client import Settings
 from retrieval_client.connect import milvus_client
 from retrieval_client.translate import milvus_errors
-from retrieval_contract.errors import CatalogError, DeployError, RetrievalError
+from retrieval_contract.errors import CatalogError, DeployError
 
 LOOPBACK = "127.0.0.1"
 DATA = MILVUS_FOLDER.parent / "build" / "milvus"
@@ -280,32 +279,20 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m deploy.milvus", description=__doc__)
     top.add_argument("--port", type=int, default=19530, help="on 127.0.0.1; 0 = any free one")
     top.add_argument("--data", type=Path, default=DATA, help="folder; made if it is not there")
-    top.add_argument(
-        "--run",
-        nargs=argparse.REMAINDER,
-        help="run this command in the server's network (address in RETRIEVAL_MILVUS), then stop",
-    )
+    add_run_flag(top, "in the server's network (address in RETRIEVAL_MILVUS)")
     return top
 
 
 def main() -> None:
     """Command line: serve until Ctrl-C or SIGTERM."""
     args = parser().parse_args()
-    listen()
-    try:
-        with milvus_server(args.data, port=args.port) as server:
-            print(f"Milvus serves {server.data} at {server.uri}; Ctrl-C stops", file=sys.stderr)
-            if args.run:
-                address = {"RETRIEVAL_MILVUS": server.inner_uri}
-                raise SystemExit(run_beside(args.run, address, server.inside))
-            code = server.wait()
-            raise DeployError(f"Milvus ended with code {code}:\n{server.last_words()}")
-    except Stopped as exc:
-        print("stopped", file=sys.stderr)
-        if args.run:  # its caller must not take it for done
-            raise SystemExit(128 + exc.args[0]) from None
-    except RetrievalError as exc:
-        raise SystemExit(f"error: {exc}") from exc
+    with in_terminal(args), milvus_server(args.data, port=args.port) as server:
+        print(f"Milvus serves {server.data} at {server.uri}; Ctrl-C stops", file=sys.stderr)
+        if args.run:
+            address = {"RETRIEVAL_MILVUS": server.inner_uri}
+            raise SystemExit(run_beside(args.run, address, server.inside))
+        code = server.wait()
+        raise DeployError(f"Milvus ended with code {code}:\n{server.last_words()}")
 
 
 if __name__ == "__main__":
