@@ -124,6 +124,15 @@ def test_a_flat_index_finds_all_under_every_filter(filled: Collection) -> None:
     assert found.rows == ROWS
 
 
+def test_until_it_is_tuned_it_looks_hard_enough(filled: Collection, place: Settings) -> None:
+    build(filled, graph())
+    with Catalog(place) as catalog:
+        collection = catalog.serving()
+    assert collection._search_params(Ask(5))["params"] == {"ef": 128}
+    assert collection._search_params(Ask(5, "bucket < 5"))["params"] == {"ef": 256}
+    assert collection._search_params(Ask(300))["params"] == {"ef": 300}, "or so many are not found"
+
+
 def test_what_is_tuned_is_used_by_every_client_and_survives(
     filled: Collection, place: Settings
 ) -> None:
@@ -150,7 +159,7 @@ def test_what_cannot_be_reached_is_said_and_nothing_is_stored(
     filled: Collection, place: Settings
 ) -> None:
     before = filled.info.properties
-    with pytest.raises(CatalogError, match=r"expected recall@10 of 1\.1 .* --kind FLAT"):
+    with pytest.raises(CatalogError, match=r"expected recall@10 of surely 1\.1 .* --kind FLAT"):
         tune(filled, QUERIES, target=1.1)
     with Catalog(place) as catalog:
         assert catalog.serving().info.properties == before

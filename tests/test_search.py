@@ -120,9 +120,9 @@ def test_every_kind_of_query_finds_what_its_vector_is_nearest_to(shop: Shop) -> 
         Query("red shirt"): text,
         Query(image=red): image,
         Query(like="p5"): like,
-        Query("red shirt", red): text + image,
+        Query("red shirt", red): 0.55 * text + 0.45 * image,
         Query("red shirt", red, text_weight=0.2): 0.2 * text + 0.8 * image,
-        Query("red shirt", red, "p5"): 2 * text + image + like,
+        Query("red shirt", red, "p5"): 0.55 * text + 0.225 * (image + like),
         Query(image=red, like="p5"): image + like,
     }
     found = shop.search.many([*asked, "red shirt"], limit=12)

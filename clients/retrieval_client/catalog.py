@@ -21,7 +21,7 @@ from pymilvus import DataType, Function, FunctionType, MilvusClient
 from retrieval_client.capabilities import Feature
 from retrieval_client.collection import Collection, CollectionInfo
 from retrieval_client.deadline import Deadline
-from retrieval_client.index import flat, graph
+from retrieval_client.index import Index, flat, graph
 from retrieval_client.milvus import Milvus
 from retrieval_client.records import ID, VECTOR, WORDS, field_parameters
 from retrieval_client.settings import Settings
@@ -203,7 +203,7 @@ class Catalog:
                     name,
                     schema=_schema(client, vector_dim, words),
                     timeout=patience_s,
-                    properties={RELEASE_PARAMETER: release_id},
+                    properties={RELEASE_PARAMETER: release_id, **self._index.untuned},
                 )
             # Each step is asked for by itself: an earlier `prepare` may have died between them.
             there = client.list_indexes(name, timeout=patience_s)
@@ -217,8 +217,13 @@ class Catalog:
         assert found
         return found
 
+    @property
+    def _index(self) -> Index:
+        """Of the vectors of a new collection."""
+        return graph() if Feature.HNSW in self.milvus.backend.features else flat()
+
     def _indexes(self, words: bool) -> list[dict[str, Any]]:
-        vectors = graph() if Feature.HNSW in self.milvus.backend.features else flat()
+        vectors = self._index
         wanted: list[dict[str, Any]] = [
             {
                 "field_name": VECTOR.name,

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from retrieval_client.collection import FILTERED_PARAMS, SEARCH_PARAMS, Collection
 from retrieval_client.milvus import Milvus
@@ -22,6 +22,7 @@ from retrieval_contract.tensors import Array
 FLAT_ROWS = 4000
 """Up to so many rows an exact search costs a server no more than a graph does: of 2.3.5 and 384
 dims about 1.3 ms of processor and 0.15 ms for each 1000 rows, against 1.6 to 1.9 ms."""
+EFFORTS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 DEPTH = 10
 FILTERS = (0.1, 0.01)
 """Shares of the rows whose filters must keep FILTERED."""
@@ -31,12 +32,22 @@ RECALL, FILTERED = 0.98, 0.95
 
 @dataclass(frozen=True)
 class Index:
-    """A kind of index, what it is built with, and the one number that says how hard it looks."""
+    """A kind of index, what it is built with, and the one number that says how hard it looks.
+
+    `first`: efforts without and with a condition, until `tune` has measured.
+    """
 
     kind: str
     params: Mapping[str, int] = field(default_factory=dict)
     knob: str = ""
     efforts: Sequence[int] = ()
+    first: tuple[int, int] = field(default=(0, 0), compare=False)
+
+    @property
+    def untuned(self) -> dict[str, str]:
+        """The properties of a collection that has just got it."""
+        plain, filtered = ({self.knob: effort} if self.knob else {} for effort in self.first)
+        return search_properties(plain, filtered)
 
     def __str__(self) -> str:
         return " ".join([self.kind, *(f"{name}={value}" for name, value in self.params.items())])
@@ -53,13 +64,14 @@ def graph(m: int = 32, ef_construction: int = 300) -> Index:
     With M = 16 a filter that lets a tenth pass cuts the graph into pieces (benchmarks.index).
     """
     params = {"M": m, "efConstruction": ef_construction}
-    return Index("HNSW", params, "ef", (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768))
+    return Index("HNSW", params, "ef", EFFORTS, (128, 256))
 
 
 def lists(rows: int, kind: str = "IVF_SQ8") -> Index:
     """IVF: rows sorted into about 4 √rows lists; IVF_SQ8 keeps a byte for each number."""
     cells = max(1, min(65536, round(4 * math.sqrt(rows))))
-    return Index(kind, {"nlist": cells}, "nprobe", (4, 8, 16, 32, 64, 128, 256))
+    efforts, first = (4, 8, 16, 32, 64, 128, 256), (min(64, cells), min(128, cells))
+    return Index(kind, {"nlist": cells}, "nprobe", efforts, first)
 
 
 KINDS: dict[str, Callable[[int], Index]] = {
@@ -86,7 +98,7 @@ def index_of(collection: Collection) -> Index:
         )
     known = KINDS[kind](1)
     params = {name: int(found[name]) for name in known.params if name in found}
-    return Index(kind, params, known.knob, known.efforts)
+    return replace(known, params=params)
 
 
 def best_kind(milvus: Milvus, rows: int) -> Index:
@@ -117,21 +129,20 @@ def build(collection: Collection, index: Index) -> None:
             params=dict(index.params),
         )
         client.create_index(collection.name, wanted, timeout=patience_s)
-    store(collection, {}, {})
+    _store(collection, index.untuned)
     collection.load()
 
 
-def store(collection: Collection, params: Mapping[str, int], filtered: Mapping[str, int]) -> None:
-    """From now on searches of the collection use these, without a condition and with one."""
+def search_properties(params: Mapping[str, int], filtered: Mapping[str, int]) -> dict[str, str]:
+    """By which every search of a collection uses these, without a condition and with one."""
+    return {SEARCH_PARAMS: json.dumps(params), FILTERED_PARAMS: json.dumps(filtered)}
+
+
+def _store(collection: Collection, properties: Mapping[str, str]) -> None:
     milvus = collection.milvus
     with milvus.errors(f"properties of {collection.name}"):
         milvus.client.alter_collection_properties(
-            collection.name,
-            properties={
-                SEARCH_PARAMS: json.dumps(params),
-                FILTERED_PARAMS: json.dumps(filtered),
-            },
-            timeout=milvus.write_timeout_s,
+            collection.name, properties=dict(properties), timeout=milvus.write_timeout_s
         )
 
 
@@ -165,7 +176,7 @@ def tune(
     index = index_of(collection)
     plain, found = _least(collection, index, queries, target, (1.0,), say)
     under, found_under = _least(collection, index, queries, filtered, FILTERS, say)
-    store(collection, plain, under)
+    _store(collection, search_properties(plain, under))
     return Tuned(collection.name, collection.count(), str(index), plain, under, found | found_under)
 
 

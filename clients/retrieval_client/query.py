@@ -15,7 +15,8 @@ from retrieval_client.handshake import Served
 from retrieval_client.records import VECTOR, check_id
 from retrieval_contract.errors import ContractError, ItemError, Reason, ReleaseMismatch
 
-TEXT_WEIGHT = 0.5
+TEXT_WEIGHT = 0.55
+"""As `benchmarks.mixed` finds it best."""
 
 
 @dataclass(frozen=True)
