@@ -140,12 +140,15 @@ def cut(place: Path, pattern: str) -> list[str]:
 
 
 def scratch(place: Path, pattern: str) -> list[str]:
-    """Bytes in the middle are others."""
+    """Bytes in the middle are others, by one bit each."""
     names = []
     for path in sorted(place.rglob(pattern))[:1]:
         with path.open("r+b") as file:
-            file.seek(path.stat().st_size // 2)
-            file.write(b"\xff" * 64)
+            middle = path.stat().st_size // 2
+            file.seek(middle)
+            changed = bytes(byte ^ 1 for byte in file.read(64))
+            file.seek(middle)
+            file.write(changed)
         names.append(path.name)
     return names
 

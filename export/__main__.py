@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from export.config_from_contract import UNRELEASED
 from export.culprits import read_islands, write_culprits
+from export.judges import by_parity, by_recall
 from export.publish import SOURCES, publish, write_configs, write_onnx
 from export.rungs import Asked, climb_all
 from retrieval_contract.errors import RetrievalError
@@ -68,7 +70,13 @@ def parser() -> argparse.ArgumentParser:
                 help="a server of this checkpoint, as the last rung; default: RETRIEVAL_TRITON",
             )
         if name == "culprits":
-            command.add_argument("--bound", type=float, default=5e-4, help="of 1 − cosine")
+            command.add_argument(
+                "--data", type=Path, help="a judged folder: by Recall@10, and not by 1 − cosine"
+            )
+            command.add_argument("--products", type=int, default=64, help="of it; default: 64")
+            command.add_argument(
+                "--bound", type=float, help="default: 5e-4 of 1 − cosine, or 5e-3 of Recall@10"
+            )
             command.add_argument(
                 "--rule", action="store_true", help="begin with the islands that export takes"
             )
@@ -98,7 +106,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, object]:
         asked = Asked(args.checkpoint, args.data, args.products, args.served)
         return climb_all(towers, asked, args.out, console)
     if args.command == "culprits":
-        return write_culprits(towers, args.bound, args.rule, args.out, console)
+        judging = by_parity(towers)
+        if args.data:
+            judging = by_recall(towers, Asked(args.checkpoint, args.data, args.products, None))
+        if args.bound is not None:
+            judging = replace(judging, bound=args.bound)
+        return write_culprits(towers, judging, args.rule, args.out, console)
     release_id = towers.release().release_id
     islands = read_islands(args.islands) if args.islands else {}
     if args.command == "onnx":

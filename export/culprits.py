@@ -1,9 +1,8 @@
 """Which nodes break a tower in half precision: found by bisection, with the evidence.
 
-Nodes are put into half precision in their order. The first with which the vectors go past the
+Nodes are put into half precision in their order. The first with which the graph goes past the
 bound is a culprit: it becomes an island, and the search goes on behind it until the rest may be
-half. Judged by `onnx.reference`, which rounds every tensor, unlike ONNX Runtime on a processor,
-where casts are fused away and overflows hide.
+half. What is bounded, parity or recall, is in `judges.py`.
 """
 
 from __future__ import annotations
@@ -20,17 +19,14 @@ from onnx.reference import ReferenceEvaluator
 from rich.console import Console
 
 from export.half import FULL, LARGEST, islands_of, to_half, typed
+from export.judges import Feed, Judge, Judging
 from export.onnx_from_towers import onnx_from_towers
-from export.parity import cases, cosines_of, few, reference
+from export.parity import cases, few
 from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
-from retrieval_contract.tensors import Array
 from towers.two_towers import TwoTowers
 
-Feed = dict[str, Array]
-Judge = Callable[[onnx.ModelProto], float]
-"""A graph → how far it is off, ≥ 0; infinite where it gives no finite vectors."""
 Told = Callable[[int, int], None]
 MOST = 64
 ISLANDS_FILE = "islands.json"
@@ -38,7 +34,7 @@ ISLANDS_FILE = "islands.json"
 
 @dataclass(frozen=True)
 class Culprit:
-    """One node, and how far off the vectors are without and with it in half precision."""
+    """One node, and how far off the graph is without and with it in half precision."""
 
     name: str
     op: str
@@ -61,9 +57,9 @@ class Culprit:
 
 
 def write_culprits(
-    towers: TwoTowers, bound: float, rule: bool, out: Path, console: Console
+    towers: TwoTowers, judging: Judging, rule: bool, out: Path, console: Console
 ) -> dict[str, object]:
-    """Search both towers, on the parity cases; writes `islands.json` under `out`, with evidence.
+    """Search both towers; writes `islands.json` under `out`, with evidence.
 
     `rule`: begin with the islands that export takes anyway, else with none.
     """
@@ -74,8 +70,8 @@ def write_culprits(
         with console.status(model.name) as status:
             found = find_culprits(
                 graph,
-                parity_judge(graph, feed),
-                bound,
+                judging.judge(model, graph),
+                judging.bound,
                 feed,
                 islands_of(typed(graph)) if rule else (),
                 lambda names, tried, name=model.name, status=status: status.update(
@@ -88,12 +84,15 @@ def write_culprits(
                 f"{culprit.after:.1e}; {culprit.why}",
                 markup=False,
             )
-        console.print(f"{model.name}: {len(found)} culprits past 1 − cosine = {bound:.0e}")
+        console.print(
+            f"{model.name}: {len(found)} culprits past {judging.name} = {judging.bound:.0e}"
+        )
         report[model.name] = [culprit.as_json() for culprit in found]
     out.mkdir(parents=True, exist_ok=True)
     path = out / ISLANDS_FILE
     path.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    return {"islands": str(path), "bound": bound, "culprits": report}
+    judged = {"judged by": judging.name, "bound": judging.bound}
+    return {"islands": str(path), **judged, "culprits": report}
 
 
 def read_islands(path: Path) -> dict[str, list[str]]:
@@ -109,20 +108,6 @@ def read_islands(path: Path) -> dict[str, list[str]]:
             f"{path}: expected an island file ({type(exc).__name__}: {exc}); write one with "
             "`python -m export culprits`"
         ) from exc
-
-
-def distance(model: onnx.ModelProto, feed: Feed, expected: Array) -> float:
-    """1 − the lowest cosine over rows, by the reference evaluator."""
-    got = reference(model)(feed).astype(np.float64)
-    if not np.isfinite(got).all():
-        return float("inf")
-    return max(0.0, float(1 - cosines_of(got, expected).min()))
-
-
-def parity_judge(model: onnx.ModelProto, feed: Feed) -> Judge:
-    """How far a graph's vectors are from those of the FP32 `model` on the same rows."""
-    expected = reference(model)(feed).astype(np.float64)
-    return lambda graph: distance(graph, feed, expected)
 
 
 def find_culprits(

@@ -10,8 +10,9 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from export.culprits import find_culprits, parity_judge
+from export.culprits import find_culprits
 from export.half import half_of, half_share, islands_of, to_half, typed
+from export.judges import parity_judge
 from export.parity import HALF, HALF_REFERENCE, cases, few, onnx_runtime, parity, reference
 from export.surgery import operate
 from retrieval_contract import models

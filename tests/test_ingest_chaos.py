@@ -16,7 +16,7 @@ import pytest
 from benchmarks.ingest import Kills, Shelf, kill_push, kills
 from benchmarks.ingest_faults import hostile
 from benchmarks.ingest_state import compare
-from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, scratch, unflushed
+from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, said, scratch, unflushed
 from benchmarks.stand_in import StandIns
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
@@ -89,6 +89,18 @@ def test_a_torn_store_is_seen_and_repaired(
     assert harmed or pattern == "*.idx"
     if pattern != "*.idx":
         assert found.seen["torn"]["gone"] > 0, "else the test shows nothing"
+
+
+@pytest.mark.parametrize("pattern", ["*.parquet", "*manifest*"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, pattern: str) -> None:
+    place = tmp_path / "catalog.db"
+    assert said("push", place, 300).found["stored"] == 300
+    harmed = cut(place, pattern)
+    for what in ("audit", "push", "search"):
+        refused = said(what, place, 300)
+        assert refused.clear
+        assert harmed[0] in refused.error
+        assert "move a file that is damaged away" in refused.error
 
 
 @pytest.mark.parametrize("what", ["full", "readonly"])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -19,6 +20,8 @@ from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
 from export.__main__ import main
 from export.culprits import read_islands
+from export.half import half_of, islands_of, typed
+from export.judges import by_recall
 from export.ladder import (
     Found,
     Rung,
@@ -35,13 +38,16 @@ from export.parity import EXACT, HALF, cosines_of
 from export.publish import publish
 from export.report import write_page
 from export.rungs import Asked, climb_all, rungs_of, torch_encode
+from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
 from retrieval_contract.tensors import Array
 from tests.conftest import ROOT
 from tests.tiny import tiny_make
+from tests.traced import traced
 from towers.checkpoint import save_make
 from towers.learning.catalog import ProductData, read_data
+from towers.make import Make
 
 QUERY, PRODUCT = models.QUERY_TOWER, models.PRODUCT_TOWER
 TOWERS = tiny_make()
@@ -242,15 +248,50 @@ def test_commands_say_what_is_missing(
 
 def test_culprits_are_written_and_taken_up(tmp_path: Path) -> None:
     """A layer norm that overflows in half precision, and the island file that says so."""
-    loud = tiny_make()
-    loud.heads.image_head.std.fill_(1e-4)  # standardised features in the thousands
-    save_make(loud, tmp_path / "loud")
+    save_make(loud_make(), tmp_path / "loud")
     done = run("culprits", "--checkpoint", tmp_path / "loud", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["culprits"]["product_tower"], done.stderr
     islands = read_islands(tmp_path / "islands.json")
     assert islands["product_tower"] == [c["name"] for c in report["culprits"]["product_tower"]]
+
+
+def loud_make() -> Make:
+    """Standardised features in the thousands."""
+    loud = tiny_make()
+    loud.heads.image_head.std.fill_(1e-4)
+    return loud
+
+
+def test_a_graph_is_judged_by_what_a_search_loses(data: Path, tmp_path: Path) -> None:
+    """Where what torch finds is what is right, an overflow costs recall, and rounding does not."""
+    loud = loud_make()
+    asked = Asked("none", as_found(loud, data, tmp_path), 30, None)
+    judging = by_recall(loud, asked)
+    graph = operate(traced(loud, PRODUCT), PRODUCT, loud.release())
+    judge = judging.judge(PRODUCT, graph)
+    assert judge(graph) < judging.bound
+    assert judge(half_of(graph, islands_of(typed(graph)))) < 0.1
+    assert judge(half_of(graph, ())) > 0.3
+
+
+def as_found(towers: Make, data: Path, folder: Path) -> Path:
+    """The same products; to each query the five that these towers find first are relevant."""
+    products = read_data(data)
+    products = products.select(list(range(30)))
+    texts = [query.text for query in products.queries]
+    whole = samples_of(towers.spec, texts, products)
+    vectors = [encoded(by_inputs(torch_encode(towers, m)), whole[m.name]) for m in models.TOWERS]
+    found = np.argsort(-(vectors[0] @ vectors[1].T), axis=1)[:, :5]
+    for name in ("products.parquet", "images.parquet"):
+        table = pq.read_table(data / name)
+        pq.write_table(table.slice(0, 30), folder / name)
+    lines = [f"q{n},{text}" for n, text in enumerate(texts)]
+    (folder / "queries.csv").write_text("\n".join(["query_id,query", *lines]))
+    lines = [f"q{n},{products.ids[row]},1" for n, rows in enumerate(found) for row in rows]
+    (folder / "qrels.csv").write_text("\n".join(["query_id,id,rel", *lines]))
+    return folder
 
 
 def test_an_island_file_reaches_the_manifest(tiny_release: Path, tmp_path: Path) -> None:

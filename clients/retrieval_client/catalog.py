@@ -19,7 +19,7 @@ from typing import Any
 from pymilvus import DataType, Function, FunctionType, MilvusClient
 
 from retrieval_client.capabilities import Feature
-from retrieval_client.collection import Collection, CollectionInfo
+from retrieval_client.collection import Collection, CollectionInfo, damaged
 from retrieval_client.deadline import Deadline
 from retrieval_client.index import Index, flat, graph
 from retrieval_client.milvus import Milvus
@@ -112,10 +112,9 @@ class Catalog:
         return None  # an alias of a collection that is no more, as old servers keep them
 
     def _behind(self, alias: str, deadline: Deadline) -> Collection | None:
-        client = self.milvus.client
-        if not client.has_collection(alias, timeout=deadline.left_s):
+        found = self._description(alias, deadline)
+        if found is None:
             return None
-        found = client.describe_collection(alias, timeout=deadline.left_s)
         properties = found.get("properties", {})
         info = CollectionInfo(
             found["collection_name"],
@@ -128,6 +127,18 @@ class Catalog:
         if info.release_id:  # else it is somebody else's, and not for us to load
             collection.load(deadline)
         return collection
+
+    def _description(self, alias: str, deadline: Deadline) -> dict[str, Any] | None:
+        client = self.milvus.client
+        try:
+            with self.milvus.errors(f"look at {alias}", deadline):
+                if not client.has_collection(alias, timeout=deadline.left_s):
+                    return None
+                return dict(client.describe_collection(alias, timeout=deadline.left_s))
+        except CatalogError as exc:
+            if self.milvus.lite and type(exc) is CatalogError:
+                raise damaged(exc) from exc
+            raise
 
     def serving(
         self, deadline: Deadline | None = None, *, max_age_s: float = INFO_TTL_S

@@ -103,6 +103,14 @@ class CollectionInfo:
     has_words: bool = field(default=False, compare=False)
 
 
+def damaged(error: CatalogError) -> CatalogError:
+    """Of Milvus Lite, which could not read what it wrote: with what to do."""
+    return CatalogError(
+        f"{error}; move a file that is damaged away, and push again: only what it held is encoded "
+        "anew"
+    )
+
+
 class Collection:
     """Rows of one physical collection, whatever any alias does meanwhile."""
 
@@ -166,10 +174,7 @@ class Collection:
                 if not self.milvus.lite or deadline.passed:
                     raise self._recovering(exc) from exc
                 if attempt == LOADS:
-                    raise CatalogError(
-                        f"{exc}; move a file that is damaged away, and push again: only what it "
-                        "held is encoded anew"
-                    ) from exc
+                    raise damaged(exc) from exc
                 time.sleep(0.05 * attempt)
                 if attempt == LOADS - 1:
                     self._forget_indexes()
