@@ -46,6 +46,7 @@ def ways(collection: Collection) -> Ways:
             collection.name,
             list(vector),
             anns_field=VECTOR.name,
+            search_params=collection._search_params(ask),
             limit=LIMIT,
             output_fields=[TITLE.name, ATTRIBUTES.name],
             consistency_level="Bounded",
@@ -125,6 +126,7 @@ def main() -> None:
     top.add_argument("--rows", type=int, default=50_000)
     top.add_argument("--rounds", type=int, default=3)
     top.add_argument("--seconds", type=float, default=3.0, help="of a round")
+    top.add_argument("--ef", type=int, default=64, help="of the server's graph; as `tune` finds it")
     top.add_argument("--milvus", default="", help="a server that runs; default: one is started")
     args = top.parse_args()
     vectors = Vectors.load(args.rows)
@@ -137,7 +139,7 @@ def main() -> None:
                 push_timeout_s=PATIENCE_S,
                 timeout_s=TIMEOUT_S,
             )
-            collection = fill(settings, vectors.stored)
+            collection = fill(settings, vectors.stored).tuned({"ef": args.ef})
             said[name] = measured(collection, vectors.queries, args.rounds, args.seconds)
             print(name, said[name], flush=True)
     print(json.dumps(said))
