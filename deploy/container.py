@@ -62,6 +62,7 @@ def keep(instance: Instance, hung_s: float) -> int:
     supervisor = None
     try:
         instance.start()
+        say("Triton is started, with the right vectors")
         supervisor = Supervisor(instance, say, hung_s)
         supervisor.start()
         while not supervisor.wait(REAP_S):

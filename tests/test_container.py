@@ -190,6 +190,7 @@ def test_as_process_1_it_keeps_the_server_and_drains(
         )
     try:
         with Encoder(Settings(triton=f"{LOOPBACK}:{ports.grpc}", timeout_s=2.0)) as encoder:
+            said(log, "supervisor: Triton is started, with the right vectors")
             first = answered(encoder, outside, log)
             (inside,) = children(outside.pid)
             (victim,) = [pid for pid in children(inside) if "tritonserver" in command_of(pid)]

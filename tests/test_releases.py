@@ -22,6 +22,7 @@ from retrieval_client.catalog import Role
 from retrieval_client.feed import Plan
 from retrieval_client.judged import Asked, ndcg
 from retrieval_client.push import Push
+from retrieval_client.records import checksum_of
 from retrieval_client.releases import Releases, unfinished
 from retrieval_client.sources import SourceRow
 from retrieval_client.verdict import PROPERTY, Verdict
@@ -210,8 +211,11 @@ def test_what_is_wrong_with_a_candidate_is_found(ours: Releases, served: dict[st
     ):
         (row,) = candidate.query(f'id == "{product_id}"', ["*"])
         client, good = candidate.milvus.client, {k: v for k, v in row.items() if k != "words"}
-        client.upsert(candidate.name, [good | {field: value}])
+        written = good | {field: value}
+        client.upsert(candidate.name, [written | {"checksum": checksum_of(written)}])
         assert failed(verify(ours, Wanted(source=source()))) == names
+        client.upsert(candidate.name, [good | {"title": "damaged"}])
+        assert failed(verify(ours, Wanted(source=source()))) == {"vectors"}
         client.upsert(candidate.name, [good])
     assert failed(verify(ours, Wanted(source=source(), lowest_overlap=1.0))) == {"overlap"}
     assert verify(ours, Wanted(source=source())).passed

@@ -119,7 +119,8 @@ def test_a_collector_that_is_away_harms_nothing(
                 assert done.returncode == 0, done.stderr
                 assert "red dress" in done.stdout
                 assert done.stderr == ""
-                assert time.monotonic() - started < 2 * plain_s + LAST_SPANS_S
+                # Two more seconds for a busy machine: a sender that is waited for takes ten.
+                assert time.monotonic() - started < 2 * plain_s + LAST_SPANS_S + 2
                 hanging.close()
             stopping = time.monotonic()
     assert server.process.returncode == 0
