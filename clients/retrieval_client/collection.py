@@ -269,9 +269,9 @@ class Collection:
         self, vectors: Array, ask: Ask | None = None, deadline: Deadline | None = None
     ) -> list[list[Hit]]:
         """The nearest products of each vector, float32 (queries, vector_dim), best first."""
-        return self._search(
-            VECTOR.name, list(np.ascontiguousarray(vectors, np.float32)), ask or Ask(), deadline
-        )
+        # pymilvus packs Python's numbers twice as fast as NumPy's.
+        data = np.asarray(vectors, np.float32).tolist()
+        return self._search(VECTOR.name, data, ask or Ask(), deadline)
 
     def need_words(self) -> None:
         """Unsupported where titles cannot be searched by their words."""
@@ -298,6 +298,7 @@ class Collection:
         self, field: str, data: list[Any], ask: Ask, deadline: Deadline | None
     ) -> list[list[Hit]]:
         deadline = deadline or Deadline(self.milvus.timeout_s)
+        fields = [*ask.fields] + [THUMBNAIL.name] * ask.thumbnails
 
         def ask_milvus() -> Any:
             return self.milvus.client.search(
@@ -308,8 +309,7 @@ class Collection:
                 limit=ask.limit,
                 offset=ask.offset,
                 filter=ask.condition,
-                # None at all would be every field on Milvus Lite.
-                output_fields=[ID.name, *ask.fields] + [THUMBNAIL.name] * ask.thumbnails,
+                output_fields=fields or [ID.name],  # none at all: every field, on Milvus Lite
                 consistency_level=ask.consistency.value,
                 timeout=deadline.left_s,
             )
