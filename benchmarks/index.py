@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 
 from benchmarks.searches import per_second
-from benchmarks.vectors import PATIENCE_S, Vectors, fill, places
+from benchmarks.vectors import PATIENCE_S, Vectors, fill, places, settle
 from retrieval_client import Collection, Settings
 from retrieval_client.collection import Ask
 from retrieval_client.index import KINDS, best_kind, build, graph, index_of, tune
@@ -95,18 +95,16 @@ def against_faiss(
             timeout=PATIENCE_S,
         )
 
-    many = np.lib.stride_tricks.sliding_window_view(queries, TOGETHER, axis=0)
-    many = np.ascontiguousarray(many[::7].transpose(0, 2, 1))  # (calls, TOGETHER, dim)
-    ways: dict[str, tuple[Callable[[Array], object], Array, int]] = {
-        "faiss": (lambda vector: index.search(vector, DEPTH), queries, 1),
-        "server": (collection.search, queries, 1),
-        "server, ids only": (ids_only, queries, 1),
-        f"server, {TOGETHER} in a call": (lambda vectors: collection.search(vectors[0]), many, 64),
+    ways: dict[str, tuple[Callable[[Array], object], int]] = {
+        "faiss": (lambda vector: index.search(vector, DEPTH), 1),
+        "server": (collection.search, 1),
+        "server, ids only": (ids_only, 1),
+        f"server, {TOGETHER} in a call": (collection.search, TOGETHER),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        for name, (search, asked, each) in ways.items():
-            rates[name].append(each * per_second(search, asked, 1, seconds))
+        for name, (search, each) in ways.items():
+            rates[name].append(per_second(search, queries, 1, seconds, each))
     ratios = {
         name: statistics.median(b / a for a, b in zip(rates["faiss"], rates[name], strict=True))
         for name in ways
@@ -149,6 +147,7 @@ def main() -> None:
                 timeout_s=60.0,
             )
             collection = fill(settings, vectors.stored)
+            settle(pid)
             best = best_kind(collection.milvus, args.rows).kind
             for kind in (*(k for k in args.kinds if k != best), best):
                 seconds = timed_build(collection, kind)

@@ -1,8 +1,9 @@
 """python -m benchmarks.searches: what it is worth that concurrent searches travel as one call.
 
 64 threads, one search at a time each, through `Searches` and through `Collection.search`, in
-interleaved rounds; then one thread, alternating between the two and pymilvus itself. Times are of
-this machine, ratios are the result. The last line is JSON.
+interleaved rounds with the most that Milvus gives: two threads, each with calls as large as ours
+that nobody has to gather. Then one thread, alternating between the two and pymilvus itself. Times
+are of this machine, ratios are the result. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.vectors import PATIENCE_S, Vectors, fill, places
+from benchmarks.vectors import PATIENCE_S, Vectors, fill, places, settle
 from retrieval_client import Collection, Settings
 from retrieval_client.collection import Ask
 from retrieval_client.deadline import Deadline
 from retrieval_client.records import ATTRIBUTES, TITLE, VECTOR
-from retrieval_client.searches import Searches
+from retrieval_client.searches import TOGETHER, Searches
 from retrieval_contract.tensors import Array
 
 THREADS, TIMEOUT_S, LIMIT = 64, 60.0, 10
@@ -64,16 +65,19 @@ def ways(collection: Collection) -> Ways:
     )
 
 
-def per_second(search: Search, queries: Array, threads: int, seconds: float) -> float:
-    """Searches a second of so many threads, one at a time each."""
+def per_second(
+    search: Search, queries: Array, threads: int, seconds: float, each: int = 1
+) -> float:
+    """Vectors searched for in a second by so many threads, `each` in a call."""
     counts, end = [0] * threads, time.perf_counter() + seconds
 
     def work(n: int) -> None:
         for at in itertools.count(n * 31):
             if time.perf_counter() > end:
                 return
-            search(queries[at % len(queries)][None])
-            counts[n] += 1
+            start = at * each % (len(queries) - each + 1)
+            search(queries[start : start + each])
+            counts[n] += each
 
     workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
     began = time.perf_counter()
@@ -103,16 +107,23 @@ def measured(
     found = ways(collection)
     for search in vars(found).values():
         per_second(search, queries, 4, 0.5)
-    rates: dict[str, list[float]] = {"alone": [], "together": []}
+    rates: dict[str, list[float]] = {"alone": [], "together": [], "gathered": []}
     for _ in range(rounds):
-        for name, of in rates.items():
-            of.append(per_second(getattr(found, name), queries, THREADS, seconds))
-    ratios = [b / a for a, b in zip(rates["alone"], rates["together"], strict=True)]
+        for name in ("alone", "together"):
+            rates[name].append(per_second(getattr(found, name), queries, THREADS, seconds))
+        rates["gathered"].append(per_second(found.alone, queries, 2, seconds, TOGETHER))
+
+    def by(ours: str, theirs: str) -> float:
+        pairs = zip(rates[ours], rates[theirs], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
     ms = lone(found, queries, 40 if collection.milvus.lite else 600)
     return {
         "alone_per_s": statistics.median(rates["alone"]),
         "together_per_s": statistics.median(rates["together"]),
-        "together_by_alone": statistics.median(ratios),
+        "together_by_alone": by("together", "alone"),
+        "together_by_gathered": by("together", "gathered"),
+        "gathered_by_alone": by("gathered", "alone"),
         "lone_ms": ms["alone"],
         "lone_together_by_alone": ms["together"] / ms["alone"],
         "lone_client_by_pymilvus_per_s": ms["pymilvus"] / ms["alone"],
@@ -132,7 +143,7 @@ def main() -> None:
     vectors = Vectors.load(args.rows)
     said: dict[str, object] = {"vectors": vectors.source, "rows": args.rows, "threads": THREADS}
     with places(args.milvus) as found:
-        for name, (uri, _) in found.items():
+        for name, (uri, pid) in found.items():
             settings = Settings(
                 milvus=uri,
                 collection=f"bench{args.rows}",
@@ -140,6 +151,7 @@ def main() -> None:
                 timeout_s=TIMEOUT_S,
             )
             collection = fill(settings, vectors.stored).tuned({"ef": args.ef})
+            settle(pid)
             said[name] = measured(collection, vectors.queries, args.rounds, args.seconds)
             print(name, said[name], flush=True)
     print(json.dumps(said))

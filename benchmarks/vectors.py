@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from deploy.server import LATEST, triton
 from deploy.wheel import ROOT
 from retrieval_client import Catalog, Collection, Encoder, ProductRow, Settings
 from retrieval_client.index import build, graph
+from retrieval_client.recalls import cpu_seconds
 from retrieval_contract.tensors import Array
 
 SHOP = REAL_CATALOG.parent / "homedepot_relevance"
@@ -34,6 +36,8 @@ CLUSTERS, SPREAD = 500, 0.7
 RELEASE = "0123456789abcdef"
 WRITE_ROWS, ENCODE_ROWS = 2048, 512
 PATIENCE_S = 300.0
+SETTLED_S, QUIET_SHARE, STEP_S = 300.0, 0.1, 10.0
+"""How long to wait for a server to use so little of a core for a step, at most."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,18 @@ def fill(settings: Settings, vectors: Array) -> Collection:
         if not collection.milvus.lite:
             build(collection, graph())  # and waits for it
     return catalog.serving(max_age_s=0)
+
+
+def settle(pid: int | None) -> None:
+    """Wait until a server has merged the segments of what it was filled with.
+
+    It takes most of a core for minutes after its index is said to be there.
+    """
+    end = time.monotonic() + SETTLED_S
+    while (before := cpu_seconds(pid)) is not None and time.monotonic() < end:
+        time.sleep(STEP_S)
+        if (cpu_seconds(pid) or 0.0) - before < QUIET_SHARE * STEP_S:
+            return
 
 
 def _row(n: int, vector: Array) -> ProductRow:
