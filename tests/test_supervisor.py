@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from deploy.server import Server, triton
 from deploy.stubs import Stub, regions, stubs_of
 from deploy.supervisor import Restarts, Supervisor
 from retrieval_client import Encoder, Settings
-from retrieval_contract.errors import DeployError, RetrievalError
+from retrieval_contract.errors import DeadlineExceeded, DeployError, RetrievalError
 from tests.conftest import ROOT, photo
 from tests.serving import FREE_PORTS, Serving, serve
 
@@ -180,6 +182,39 @@ def test_a_model_that_hangs_is_killed_and_loaded_again(serving: Serving) -> None
             except RetrievalError:
                 assert time.monotonic() < end, serving.log.read_text()[-2000:]
     assert stub_of(serving, "query_encoder").pid != hanging.pid
+
+
+MUTE = """
+from retrieval_contract.serving import OnnxQueryEncoder, pb_utils
+class TritonPythonModel(OnnxQueryEncoder):
+    def execute(self, requests):
+        def said(request):
+            return pb_utils.get_input_tensor_by_name(request, "query").as_numpy().tolist()
+        super().execute([request for request in requests if said(request) != [[b"say nothing"]]])
+"""
+
+
+def test_a_reply_that_never_comes_costs_its_caller_alone(
+    release_folder: Path, tmp_path: Path
+) -> None:
+    """A model that gives None for a request: Triton lets its caller wait for ever."""
+    release = tmp_path / release_folder.resolve().name
+    shutil.copytree(release_folder.resolve(), release, copy_function=os.symlink)
+    (code,) = release.glob("model_repository/query_encoder/*/model.py")
+    code.unlink()
+    code.write_text(MUTE)
+    with supervised(release, tmp_path / "log", hung_s=1.0) as (server, _, said):
+        settings = Settings(triton=server.grpc_address, timeout_s=3.0)
+        with Encoder(settings) as waiting, Encoder(settings) as others:
+            with ThreadPoolExecutor(1) as pool:
+                began = time.monotonic()
+                mute = pool.submit(waiting.encode_queries, ["say nothing"])
+                while not mute.done():
+                    assert others.encode_queries(["red shoes"]).errors == [None]
+                with pytest.raises(DeadlineExceeded, match="3"):
+                    mute.result()
+            assert time.monotonic() - began < 5
+        assert not said, "nothing hangs: whoever else asks is answered"
 
 
 def test_a_busy_server_is_left_alone(serving: Serving) -> None:
