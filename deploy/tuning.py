@@ -15,14 +15,15 @@ from typing import Any
 
 from deploy.pbtxt import Message, message_of, parse, quoted
 from deploy.query_cache import prepare_cache, rewrite
+from retrieval_contract.door import QUEUE
 from retrieval_contract.errors import DeployError
 
 PROFILES = Path(__file__).parent / "profiles"
 CACHE = "query_cache_mb"
-LEAST = {"instances": 1, "threads": 1, "delay_us": 0}
+LEAST = {"instances": 1, "threads": 1, "delay_us": 0, QUEUE: 1}
 """The knobs of a model, and the least that each can be."""
-THREADS = ("intra_op_threads", "intra_op_thread_count")
-"""What our Python models and Triton's ONNX Runtime backend call it; an engine has none."""
+PARAMETERS = {"intra_op_threads": "threads", "intra_op_thread_count": "threads", QUEUE: QUEUE}
+"""Knobs by what our Python models and Triton's ONNX Runtime backend call them in a config."""
 DELAY = "max_queue_delay_microseconds"
 
 Knobs = Mapping[str, int]
@@ -125,6 +126,7 @@ def turn(config: Message, knobs: Knobs) -> None:
         batching.drop(DELAY)
         if knobs["delay_us"]:
             batching.set(DELAY, str(knobs["delay_us"]))
+    named = {quoted(name): str(knobs[knob]) for name, knob in PARAMETERS.items() if knob in knobs}
     for parameter in config.messages("parameters"):
-        if parameter["key"] in map(quoted, THREADS) and "threads" in knobs:
-            parameter.set("value", message_of(("string_value", quoted(str(knobs["threads"])))))
+        if value := named.get(parameter["key"]):
+            parameter.set("value", message_of(("string_value", quoted(value))))

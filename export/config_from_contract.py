@@ -15,6 +15,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInput, ModelOut
 from deploy.engines.profiles import profiles_of
 from deploy.tuning import DEFAULT
 from retrieval_contract import models
+from retrieval_contract.door import QUEUE
 from retrieval_contract.errors import ContractError
 from retrieval_contract.models import Target
 from retrieval_contract.release import RELEASE_PARAMETER, Release, version_of
@@ -35,7 +36,7 @@ BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime", Target.LOCAL: "py
 
 
 KNOBS = DEFAULT.models
-"""Copies, threads and delay of each model: `deploy/profiles/default.toml`."""
+"""Copies, threads, delay and queue of each model: `deploy/profiles/default.toml`."""
 
 
 def configs_of(part: Model | Ensemble, release: Release, release_id: str) -> dict[str, ModelConfig]:
@@ -72,8 +73,7 @@ def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> Mode
     """All steps of an ensemble in one Python process, which can say what each took."""
     config = _computing(ensemble, release, release_id)
     config.output.append(_output(models.TIMINGS, release))
-    config.backend = "python"
-    config.default_model_filename = models.PYTHON_FILE
+    _python(config)
     _set(config, "text", asdict(release.query))
     _set(config, "intra_op_threads", KNOBS[ensemble.name]["threads"])
     return config
@@ -82,8 +82,7 @@ def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> Mode
 def python_config(model: Model, release: Release, release_id: str) -> ModelConfig:
     """A tokenizer or preprocessor: our Python, with its rules in the parameters."""
     config = _computing(model, release, release_id)
-    config.backend = "python"
-    config.default_model_filename = models.PYTHON_FILE
+    _python(config)
     if model is models.QUERY_TOKENIZER:
         _set(config, "text", asdict(release.query))
     elif model is models.PRODUCT_PREPROCESSOR:
@@ -109,6 +108,7 @@ def tower_config(model: Model, release: Release, release_id: str, target: Target
         config.parameters["intra_op_thread_count"].string_value = str(threads)
         config.parameters["inter_op_thread_count"].string_value = "1"
     else:
+        _python(config)
         _set(config, "intra_op_threads", threads)
     return config
 
@@ -144,6 +144,13 @@ def _computing(model: Model | Ensemble, release: Release, release_id: str) -> Mo
             entry.dims[:] = [WARMUP_TOKENS if d < 0 else d for d in release.dims(tensor)]
             entry.zero_data = True
     return config
+
+
+def _python(config: ModelConfig) -> None:
+    """Our own Python, behind a door."""
+    config.backend = BACKENDS[Target.LOCAL]
+    config.default_model_filename = models.PYTHON_FILE
+    _set(config, QUEUE, KNOBS[config.name]["queue_batches"])
 
 
 def _input(tensor: Tensor, release: Release) -> ModelInput:

@@ -21,8 +21,9 @@ PATIENCE_S = 60.0
 """The time of a request that names none."""
 SHARE = 0.5
 """Of its time that a request may be expected to wait here: the rest is the way to us and back."""
-LONGEST_BATCHES = 64
-"""So many batches may wait, whatever their time: what waits here takes memory."""
+QUEUE = "queue_batches"
+"""The config parameter that says how many batches may wait, whatever their time: what waits here
+takes memory."""
 HOLD_S = 5e-3
 """Who lets in requests pauses so long while a batch is computed: the next come in one parcel."""
 MEMORY = 0.9
@@ -82,13 +83,16 @@ class Pace:
 
 
 class Door(Generic[Item]):
-    """Lets requests in or refuses them, and hands out batches of at most `most_rows`.
+    """Lets requests in or refuses them, and hands out batches of at most `most_rows`; no more than
+    `queue_batches` of these wait.
 
     Safe between threads: any number enter, one takes, computes, and says `done`.
     """
 
-    def __init__(self, most_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = most_rows, clock
+    def __init__(
+        self, most_rows: int, queue_batches: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most, self._longest, self._clock = most_rows, most_rows * queue_batches, clock
         self._lanes: dict[Lane, deque[Visit[Item]]] = {lane: deque() for lane in Lane}
         self._rows = dict.fromkeys(Lane, 0)
         self._pace = Pace(most_rows)
@@ -105,7 +109,7 @@ class Door(Generic[Item]):
             wait = max(0.0, (ahead + self._under_way) * self._pace.seconds_per_row)
             if self._under_way:
                 wait = max(0.0, wait - (now - self._began))
-            if wait > time_s * SHARE or ahead > self._most * LONGEST_BATCHES:
+            if wait > time_s * SHARE or ahead > self._longest:
                 raise Busy(
                     f"expected to begin within {time_s * SHARE:.3g} s, got {ahead} rows ahead, "
                     f"which take {wait:.3g} s; try again later"

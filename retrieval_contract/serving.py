@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from retrieval_contract.door import PATIENCE_S, TRAFFIC, Busy, Door, Lane, Refusal
+from retrieval_contract.door import PATIENCE_S, QUEUE, TRAFFIC, Busy, Door, Lane, Refusal
 from retrieval_contract.graph import OnnxGraph
 from retrieval_contract.meters import Meters
 from retrieval_contract.models import (
@@ -91,7 +91,7 @@ class BehindDoor:
         release_id = config["parameters"][RELEASE_PARAMETER]["string_value"]
         self.meters = Meters(args["model_name"], release_id)
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        self._door: Door[_Asked] = Door(config["max_batch_size"])
+        self._door: Door[_Asked] = Door(config["max_batch_size"], parameter(args, QUEUE))
         self.load(args)
         self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
         self._worker.start()

@@ -23,7 +23,7 @@ from retrieval_client.retry import MOST, Backoff, RetryBudget
 from retrieval_client.translate import triton_errors
 from retrieval_client.wire import request_from_rows
 from retrieval_contract import models
-from retrieval_contract.door import HOLD_S, LONGEST_BATCHES, TRAFFIC, Busy, Door, Lane
+from retrieval_contract.door import HOLD_S, TRAFFIC, Busy, Door, Lane
 from retrieval_contract.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -46,7 +46,7 @@ class Clock:
 
 def door_of(clock: Clock, most: int = 10, seconds_per_row: float = 0.1) -> Door[str]:
     """One that has already seen a full batch."""
-    door: Door[str] = Door(most, clock)
+    door: Door[str] = Door(most, 64, clock)
     door.enter("first", most, Lane.INTERACTIVE)
     door.take()
     clock.now += most * seconds_per_row
@@ -83,7 +83,7 @@ def test_a_request_larger_than_its_time_is_let_into_an_empty_house() -> None:
 def test_small_batches_say_nothing_of_a_queue() -> None:
     """One row took a second, and others are let in all the same: together they are faster."""
     clock = Clock()
-    door: Door[str] = Door(10, clock)
+    door: Door[str] = Door(10, 64, clock)
     for n in range(3):
         door.enter(f"{n}", 1, Lane.INTERACTIVE)
         door.take()
@@ -94,8 +94,8 @@ def test_small_batches_say_nothing_of_a_queue() -> None:
 
 
 def test_without_times_the_queue_still_ends() -> None:
-    door: Door[int] = Door(2)
-    for n in range(2 * LONGEST_BATCHES + 1):
+    door: Door[int] = Door(2, queue_batches=3)
+    for n in range(2 * 3 + 1):
         door.enter(n, 1, Lane.INTERACTIVE)
     with pytest.raises(Busy):
         door.enter(-1, 1, Lane.INTERACTIVE)
@@ -129,7 +129,7 @@ def test_late_work_is_handed_out_as_such() -> None:
 
 
 def test_a_closed_door_gives_out_who_is_inside_and_then_nobody() -> None:
-    door: Door[str] = Door(10)
+    door: Door[str] = Door(10, 64)
     door.enter("inside", 1, Lane.INTERACTIVE)
     door.close()
     assert door.take() == (["inside"], [])
@@ -137,7 +137,7 @@ def test_a_closed_door_gives_out_who_is_inside_and_then_nobody() -> None:
 
 
 def test_holding_is_short_and_only_while_something_is_computed() -> None:
-    door: Door[str] = Door(10)
+    door: Door[str] = Door(10, 64)
     start = time.monotonic()
     door.hold()
     assert time.monotonic() - start < HOLD_S
