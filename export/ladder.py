@@ -15,6 +15,7 @@ from export.parity import Budget, Encode, cosines_of
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
+from retrieval_contract.release import TextSpec
 from retrieval_contract.tensors import Array, Model
 from towers.learning.catalog import ProductData, Query
 from towers.learning.metrics import Figures, Interval, figures_of, mean_interval
@@ -28,17 +29,24 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of one tower: as callers send them, as the tower gets them, and torch's vectors."""
+    """Rows of one tower: as callers send them, as the tower gets them, and torch's vectors.
+
+    `text`: how the tower wants its tokens.
+    """
 
     raw: Mapping[str, Sequence[bytes]]
     inputs: Mapping[str, Array]
     vectors: Array
+    text: TextSpec
 
     def part(self, rows: Sequence[int]) -> Sample:
-        """Some rows, padded to the longest of them."""
+        """Some rows, padded to the longest of them where the tower takes any length."""
         raw = {name: [column[row] for row in rows] for name, column in self.raw.items()}
-        inputs = trimmed({name: array[list(rows)] for name, array in self.inputs.items()})
-        return Sample(raw, inputs, self.vectors[list(rows)] if len(self.vectors) else self.vectors)
+        inputs = {name: array[list(rows)] for name, array in self.inputs.items()}
+        if self.text.pad_to == "longest":
+            inputs = trimmed(inputs)
+        vectors = self.vectors[list(rows)] if len(self.vectors) else self.vectors
+        return replace(self, raw=raw, inputs=inputs, vectors=vectors)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -148,11 +156,13 @@ def samples_of(
             {models.QUERY.name: asked},
             {models.QUERY_IDS.name: batch.ids, models.QUERY_MASK.name: batch.mask},
             none,
+            spec.query.spec,
         ),
         models.PRODUCT_TOWER.name: Sample(
             {models.TITLE.name: titles, models.IMAGE.name: products.images},
             product(titles, products.images).tensors,
             none,
+            spec.title.spec,
         ),
     }
 

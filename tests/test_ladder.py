@@ -18,6 +18,7 @@ from rich.console import Console
 
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
+from deploy.server import triton as serving
 from export.__main__ import main
 from export.culprits import read_islands
 from export.half import half_of, islands_of, typed
@@ -42,10 +43,11 @@ from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
 from retrieval_contract.tensors import Array
+from tests import clip_family
 from tests.conftest import ROOT
 from tests.tiny import tiny_make
 from tests.traced import traced
-from towers.checkpoint import save_make
+from towers.checkpoint import SHIPPED, load_towers, save_make
 from towers.learning.catalog import ProductData, read_data
 from towers.make import Make
 
@@ -197,8 +199,6 @@ def test_the_page_marks_what_is_past_its_budget(
 
 def test_what_is_served_is_the_last_rung(triton: Server, data: Path, tmp_path: Path) -> None:
     """The shipped towers through the real server, to the same vectors as torch's."""
-    from towers.checkpoint import SHIPPED, load_towers
-
     asked = Asked(str(SHIPPED), data, 24, triton.grpc_address)
     report = climb_all(load_towers(str(SHIPPED)), asked, tmp_path, Console(quiet=True))
     assert report["ok"] is True
@@ -208,6 +208,23 @@ def test_what_is_served_is_the_last_rung(triton: Server, data: Path, tmp_path: P
     assert [rung["tower"] for rung in served] == ["query_tower", "product_tower"]
     assert all(rung["cosine_p0"] >= 0.999999 and "interval" in rung for rung in served)
     assert (tmp_path / "parity.html").is_file()
+
+
+@pytest.mark.parametrize("family", clip_family.FAMILIES)
+def test_a_clip_family_climbs_to_what_is_served(family: str, data: Path, tmp_path: Path) -> None:
+    """Tiny and random, so that ten of sixty products tie: overlap and recall say little, all
+    else as of any towers."""
+    for part in clip_family.parts(family):
+        part.save_pretrained(tmp_path / "checkpoint")
+    towers = load_towers(str(tmp_path / "checkpoint"))
+    release = publish(towers, tmp_path / "releases", Console(quiet=True))
+    with (tmp_path / "log").open("w") as log, serving(release, log=log) as server:
+        asked = Asked(str(tmp_path / "checkpoint"), data, 60, server.grpc_address)
+        report = climb_all(towers, asked, tmp_path, Console(quiet=True))
+    assert report["ok"] is True, report
+    rungs = report["rungs"]
+    assert isinstance(rungs, list)
+    assert [rung["rung"] for rung in rungs[4::5]] == ["served over gRPC"] * 2
 
 
 def test_a_server_of_other_weights_is_no_rung(triton: Server, data: Path) -> None:
