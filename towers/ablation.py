@@ -78,6 +78,8 @@ COMPARED = (
     ("MAKE ÷ concatenation", "make", "concat"),
 )
 RECIPES = VARIANTS | TERMS
+BLIND = 0.01
+"""A system that finds less sees nothing of a slice, and nothing can be said as a ratio to it."""
 Figured = dict[str, dict[str, dict[str, NDArray[np.float64]]]]
 """Variant → slice → figure → (seeds, queries)."""
 
@@ -177,6 +179,8 @@ def table_of(found: Figured) -> str:
 
 def change_of(found: Figured, ours: str, theirs: str, part: str) -> str:
     """Ratio of means less one, in percent, with its interval over queries (seeds averaged)."""
+    if found[theirs][part][HEADLINE].mean() < BLIND:
+        return "(blind there)"
     ratio = ratio_interval(found[ours][part][HEADLINE], found[theirs][part][HEADLINE])
     percent = [100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)]
     return "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*percent)
