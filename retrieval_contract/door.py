@@ -24,6 +24,8 @@ SHARE = 0.5
 QUEUE = "queue_batches"
 """The config parameter that says how many batches may wait, whatever their time: what waits here
 takes memory."""
+UNSAID_BATCHES = 64
+"""Of a release that was made before its configs said so."""
 HOLD_S = 5e-3
 """Who lets in requests pauses so long while a batch is computed: the next come in one parcel."""
 MEMORY = 0.9

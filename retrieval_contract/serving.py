@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from retrieval_contract.door import PATIENCE_S, QUEUE, TRAFFIC, Busy, Door, Lane, Refusal
+from retrieval_contract.door import (
+    PATIENCE_S,
+    QUEUE,
+    TRAFFIC,
+    UNSAID_BATCHES,
+    Busy,
+    Door,
+    Lane,
+    Refusal,
+)
 from retrieval_contract.graph import OnnxGraph
 from retrieval_contract.meters import Meters
 from retrieval_contract.models import (
@@ -88,10 +97,11 @@ class BehindDoor:
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton, once."""
         config = json.loads(args["model_config"])
-        release_id = config["parameters"][RELEASE_PARAMETER]["string_value"]
-        self.meters = Meters(args["model_name"], release_id)
+        said = config["parameters"]
+        self.meters = Meters(args["model_name"], said[RELEASE_PARAMETER]["string_value"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        self._door: Door[_Asked] = Door(config["max_batch_size"], parameter(args, QUEUE))
+        queue = parameter(args, QUEUE) if QUEUE in said else UNSAID_BATCHES
+        self._door: Door[_Asked] = Door(config["max_batch_size"], queue)
         self.load(args)
         self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
         self._worker.start()
