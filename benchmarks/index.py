@@ -147,10 +147,10 @@ def main() -> None:
                 timeout_s=60.0,
             )
             collection = fill(settings, vectors.stored)
-            settle(pid)
             best = best_kind(collection.milvus, args.rows).kind
             for kind in (*(k for k in args.kinds if k != best), best):
                 seconds = timed_build(collection, kind)
+                settle(pid)
                 of_kind = of_index(collection, tuning, testing, pid)
                 said[f"{name} {kind}"] = {"build_s": seconds, **of_kind}
                 say(f"{name} {kind}", said[f"{name} {kind}"])

@@ -150,7 +150,7 @@ def _python(config: ModelConfig) -> None:
     """Our own Python, behind a door."""
     config.backend = BACKENDS[Target.LOCAL]
     config.default_model_filename = models.PYTHON_FILE
-    _set(config, QUEUE, KNOBS[config.name]["queue_batches"])
+    _set(config, QUEUE, KNOBS[config.name][QUEUE])
 
 
 def _input(tensor: Tensor, release: Release) -> ModelInput:
