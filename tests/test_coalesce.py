@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from retrieval_client import coalesce
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
 from retrieval_contract.errors import DeadlineExceeded, RequestRefused, ServerUnavailable
@@ -60,6 +61,25 @@ def test_everybody_gets_their_own_and_few_requests_are_sent() -> None:
     assert max(map(len, send.sent)) <= 16
     assert len(send.sent) < 150
     assert send.most_under_way <= 2
+
+
+def test_nobody_is_held_once_all_are_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coalesce, "GATHER_STEP_S", 1.0)
+    monkeypatch.setattr(coalesce, "GATHER_S", 1.0)
+    send, rounds = Doubler(), 20
+    merged, together = Coalescer(send, most=16), threading.Barrier(8)
+
+    def keep_asking(n: int) -> None:
+        together.wait()
+        for _ in range(rounds):
+            assert ask(merged, [n]) == [2 * n]
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep_asking, range(8)))
+    took = time.monotonic() - start
+    assert [len(items) for items in send.sent[2:-2]] == [8] * (len(send.sent) - 4)
+    assert took < 4.0, "a step at the start and at the end, when somebody has gone, and no others"
 
 
 def test_who_has_no_time_left_waits_no_longer() -> None:

@@ -80,6 +80,9 @@ class Coalescer(Generic[Item, Results]):
         self._lock = threading.Lock()
         self._shared = False
         """Whether the last request had several callers."""
+        self._all = 0
+        """How many may wait, once those whom the last answer released have come back."""
+        self._gathering: list[_Call[Item, Results]] = []
 
     def __call__(self, items: Sequence[Item], deadline: Deadline) -> Results:
         """Results of these items, at most `most`; raises what `send` raises, or DeadlineExceeded.
@@ -95,6 +98,8 @@ class Coalescer(Generic[Item, Results]):
             self._waiting.append(call)
             self._ahead += len(items)
             self._appoint()
+            while self._gathering and self._enough():
+                self._gathering.pop().turn.release()
         while not call.done:
             if not call.turn.acquire(timeout=deadline.left_s):
                 self._give_up(call)
@@ -133,7 +138,7 @@ class Coalescer(Generic[Item, Results]):
     def _lead(self, mine: _Call[Item, Results]) -> None:
         """Send for the oldest callers, then let the oldest of those who came meanwhile lead."""
         if self._shared:
-            self._gather()
+            self._gather(mine)
         with self._lock:
             batch = self._take()
             self._shared = len(batch) > 1
@@ -174,12 +179,25 @@ class Coalescer(Generic[Item, Results]):
             self._pace.took(rows, now - max(began, self._last_answer))
             self._last_answer = now
 
-    def _gather(self) -> None:
-        """While callers keep coming there is nothing to be lost."""
+    def _gather(self, mine: _Call[Item, Results]) -> None:
+        """While callers keep coming there is nothing to be lost; woken when all have come."""
         end, before = time.monotonic() + GATHER_S, 0
-        while before < (now := len(self._waiting)) < self._most and time.monotonic() < end:
+        with self._lock:
+            if self._enough():
+                return
+            self._gathering.append(mine)
+        while before < (now := len(self._waiting)) and time.monotonic() < end:
             before = now
-            time.sleep(GATHER_STEP_S)
+            if mine.turn.acquire(timeout=GATHER_STEP_S):
+                return
+        with self._lock:
+            if mine in self._gathering:
+                self._gathering.remove(mine)
+            else:  # woken too late to notice
+                mine.turn.acquire()
+
+    def _enough(self) -> bool:
+        return len(self._waiting) >= min(self._most, self._all)
 
     def _take(self) -> list[_Call[Item, Results]]:
         batch: list[_Call[Item, Results]] = []
@@ -205,6 +223,7 @@ class Coalescer(Generic[Item, Results]):
                     self._ahead -= len(call.items)
                 else:
                     self._waiting.appendleft(call)
+            self._all = len(self._waiting) + sum(call.done for call in batch)
             self._appoint()
             for call in batch:
                 if call.done and call is not mine:
