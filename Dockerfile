@@ -63,8 +63,8 @@ COPY --from=wheel /dist /opt/make-retrieval
 # the one of Triton's Python stub, the system's, so there is no environment to keep apart.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     python3 -m pip install --no-cache-dir --no-deps --only-binary=:all: --break-system-packages \
-        pillow==13.0.0 tokenizers==0.23.3 "tensorrt_cu13_bindings==${TENSORRT_VERSION}" \
-        /opt/make-retrieval/*.whl
+        pillow==13.0.0 tokenizers==0.23.3 openvino==2026.4.1 \
+        "tensorrt_cu13_bindings==${TENSORRT_VERSION}" /opt/make-retrieval/*.whl
 WORKDIR /opt/make-retrieval
 COPY deploy deploy
 # The release is mounted read-only: no bytecode beside its models.

@@ -7,6 +7,8 @@ PIP_ARGS ?=
 PYTHON ?= python3
 CATALOG ?=
 CHECKPOINT ?= towers/weights/make
+# On a processor: fp32, or bf16 where it has that.
+PRECISION ?= fp32
 DATA ?=
 USERS ?= 8
 SECONDS ?= 15
@@ -64,7 +66,7 @@ serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) 
 	$(PY) -m deploy.local
 
 release: setup  ## checkpoint -> ONNX -> model repository under build/releases
-	$(PY) -m export repository --checkpoint $(CHECKPOINT)
+	$(PY) -m export repository --checkpoint $(CHECKPOINT) --precision $(PRECISION)
 
 engine-check: release  ## both towers compiled for four GPU architectures, without a GPU
 	$(PY) -m deploy.engines check

@@ -103,7 +103,7 @@ def pin(group: int, core: int) -> None:
 def graph_of(release: Path, model: Model, version: int) -> OnnxGraph:
     """As the local server runs it, on one thread."""
     folder = release / "model_repository" / model.name / str(version)
-    return OnnxGraph(folder / models.ONNX_FILE, threads=1)
+    return OnnxGraph(folder / models.ONNX_FILE, 1, Release.load(release).precision)
 
 
 def query_work(
@@ -119,7 +119,7 @@ def query_work(
         batch = preprocess([row[0] for row in rows])
         return graph({models.QUERY_IDS.name: batch.ids, models.QUERY_MASK.name: batch.mask})
 
-    rows = [(queries[at % len(queries)].encode(),) for at in range(SAMPLE)]
+    rows = query_rows(queries)
     return Work(models.QUERY_ENCODER, rows, run, best_batch(run, rows, sizes))
 
 
@@ -134,9 +134,19 @@ def product_work(folder: Path, release: Release, source: Path, sizes: Sequence[i
         titles, images = zip(*rows, strict=True)
         return graph(preprocess(titles, images).tensors)
 
-    good = (row for row in Source(source).rows() if row.problem is None)
-    rows = [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
+    rows = product_rows(source)
     return Work(models.PRODUCT_ENCODER, rows, run, best_batch(run, rows, sizes))
+
+
+def query_rows(queries: Sequence[str]) -> list[Row]:
+    """A sample as `query_encoder` takes it."""
+    return [(queries[at % len(queries)].encode(),) for at in range(SAMPLE)]
+
+
+def product_rows(source: Path) -> list[Row]:
+    """The first good products, as `product_encoder` takes them."""
+    good = (row for row in Source(source).rows() if row.problem is None)
+    return [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
 
 
 def _tokenizer(folder: Path, model: Model, release: Release) -> str:

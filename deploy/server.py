@@ -24,7 +24,7 @@ from retrieval_contract import models
 from retrieval_contract.errors import DeployError
 from retrieval_contract.models import Target
 from retrieval_contract.probes import Probes
-from retrieval_contract.release import Release
+from retrieval_contract.release import Precision, Release
 
 LATEST = ROOT / "build" / "releases" / "latest"
 LOOPBACK = "127.0.0.1"
@@ -66,9 +66,12 @@ class Server:
 
 
 def check_release(folder: Path, target: Target) -> Release:
-    """Read the release and see that every model file is there; DeployError naming what is not."""
-    release = Release.load(folder)
-    for path in _files(folder / "model_repository", str(release.version), target):
+    """Read the release and see that every model file is there; DeployError naming what is not.
+
+    ContractError where it cannot be served on that target.
+    """
+    release = Release.load(folder).for_target(target)
+    for path in _files(folder / "model_repository", release, target):
         if not path.exists():
             raise DeployError(
                 f"{path}: not found; the release is not whole, build it again "
@@ -77,12 +80,15 @@ def check_release(folder: Path, target: Target) -> Release:
     return release
 
 
-def _files(repository: Path, version: str, target: Target) -> Iterator[Path]:
+def _files(repository: Path, release: Release, target: Target) -> Iterator[Path]:
     """Everything that a server of that target reads; the folder of an ensemble's version, too."""
+    version, of_tower = str(release.version), TOWER_FILES[target]
+    if release.precision != Precision.FP32:
+        of_tower = TOWER_FILES[Target.LOCAL]
     for part in (*models.MODELS, *models.ENSEMBLES):
         config, names = "config.pbtxt", []
         if part in models.TOWERS:
-            config, names = f"configs/{target}.pbtxt", TOWER_FILES[target]
+            config, names = f"configs/{target}.pbtxt", of_tower
         elif part in models.MODELS:
             names = [models.PYTHON_FILE, models.TOKENIZER_FILE]
         elif part in models.IN_ONE and target is Target.LOCAL:

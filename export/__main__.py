@@ -20,10 +20,10 @@ from rich.console import Console
 from export.config_from_contract import UNRELEASED
 from export.culprits import read_islands, write_culprits
 from export.judges import by_parity, by_recall
-from export.publish import SOURCES, publish, write_configs, write_onnx
+from export.publish import SOURCES, publish, release_of, write_configs, write_onnx
 from export.rungs import Asked, climb_all
 from retrieval_contract.errors import RetrievalError
-from retrieval_contract.release import Release
+from retrieval_contract.release import Precision, Release
 from towers.checkpoint import load_towers
 from towers.make import MakeConfig, spec_from_config
 
@@ -60,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
         if name in ("onnx", "repository"):
             command.add_argument(
                 "--islands", type=Path, help="more nodes to leave in FP32: a file of `culprits`"
+            )
+            command.add_argument(
+                "--precision",
+                choices=[*map(str, Precision)],
+                default=str(Precision.FP32),
+                help="on a processor; bf16: by OpenVINO, not for GPUs; default: fp32",
             )
         if name == "parity":
             command.add_argument("--data", type=Path, required=True, help="a data folder")
@@ -112,12 +118,12 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, object]:
         if args.bound is not None:
             judging = replace(judging, bound=args.bound)
         return write_culprits(towers, judging, args.rule, args.out, console)
-    release_id = towers.release().release_id
+    release_id = release_of(towers, args.precision).release_id
     islands = read_islands(args.islands) if args.islands else {}
     if args.command == "onnx":
-        graphs = write_onnx(towers, args.out, console, islands)
+        graphs = write_onnx(towers, args.out, console, islands, args.precision)
         return {"release_id": release_id, "out": str(args.out), "graphs": graphs}
-    home = publish(towers, args.out, console, islands)
+    home = publish(towers, args.out, console, islands, args.precision)
     return {"release_id": release_id, "release": str(home)}
 
 

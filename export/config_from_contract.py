@@ -17,8 +17,8 @@ from deploy.tuning import DEFAULT
 from retrieval_contract import models
 from retrieval_contract.door import QUEUE
 from retrieval_contract.errors import ContractError
-from retrieval_contract.models import Target
-from retrieval_contract.release import RELEASE_PARAMETER, Release, version_of
+from retrieval_contract.models import PRECISION, Target
+from retrieval_contract.release import RELEASE_PARAMETER, Precision, Release, version_of
 from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model, Tensor
 
 UNRELEASED = "unreleased"
@@ -27,12 +27,9 @@ LATEST_VERSION = -1
 WARMUP_TOKENS = 8
 """Token length of the warm-up rows of towers whose token axis is dynamic."""
 
-FILES = {
-    Target.GPU: models.PLAN_FILE,
-    Target.CPU: models.ONNX_FILE,
-    Target.LOCAL: models.PYTHON_FILE,
-}
-BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime", Target.LOCAL: "python"}
+FILES = {Target.GPU: models.PLAN_FILE, Target.CPU: models.ONNX_FILE}
+BACKENDS = {Target.GPU: "tensorrt", Target.CPU: "onnxruntime"}
+PYTHON = "python"
 
 
 KNOBS = DEFAULT.models
@@ -52,7 +49,9 @@ def configs_of(part: Model | Ensemble, release: Release, release_id: str) -> dic
         return configs
     if part.engine is Engine.PYTHON:
         return {"config.pbtxt": python_config(part, release, release_id)}
-    return {f"configs/{t}.pbtxt": tower_config(part, release, release_id, t) for t in Target}
+    return {
+        f"configs/{t}.pbtxt": tower_config(part, release, release_id, t) for t in release.targets
+    }
 
 
 def ensemble_config(ensemble: Ensemble, release: Release, release_id: str) -> ModelConfig:
@@ -75,7 +74,7 @@ def in_one_config(ensemble: Ensemble, release: Release, release_id: str) -> Mode
     config.output.append(_output(models.TIMINGS, release))
     _python(config)
     _set(config, "text", asdict(release.query))
-    _set(config, "intra_op_threads", KNOBS[ensemble.name]["threads"])
+    _runtime(config, release)
     return config
 
 
@@ -96,20 +95,21 @@ def python_config(model: Model, release: Release, release_id: str) -> ModelConfi
 def tower_config(model: Model, release: Release, release_id: str, target: Target) -> ModelConfig:
     """A tower on the runtime of one target."""
     config = _computing(model, release, release_id)
+    if target is Target.LOCAL or release.precision != Precision.FP32:
+        _python(config)
+        _runtime(config, release)
+        return config
     config.backend = BACKENDS[target]
     config.default_model_filename = FILES[target]
-    threads = KNOBS[model.name]["threads"]
     if target is Target.GPU:
         config.instance_group[0].kind = config.instance_group[0].KIND_GPU
         # A context for each profile; the backend takes the one whose usual shape is nearest.
         count = len(profiles_of(model, release))
         config.instance_group[0].profile.extend(str(number) for number in range(count))
-    elif target is Target.CPU:
-        config.parameters["intra_op_thread_count"].string_value = str(threads)
-        config.parameters["inter_op_thread_count"].string_value = "1"
     else:
-        _python(config)
-        _set(config, "intra_op_threads", threads)
+        threads = str(KNOBS[model.name]["threads"])
+        config.parameters["intra_op_thread_count"].string_value = threads
+        config.parameters["inter_op_thread_count"].string_value = "1"
     return config
 
 
@@ -148,9 +148,15 @@ def _computing(model: Model | Ensemble, release: Release, release_id: str) -> Mo
 
 def _python(config: ModelConfig) -> None:
     """Our own Python, behind a door."""
-    config.backend = BACKENDS[Target.LOCAL]
+    config.backend = PYTHON
     config.default_model_filename = models.PYTHON_FILE
     _set(config, QUEUE, KNOBS[config.name][QUEUE])
+
+
+def _runtime(config: ModelConfig, release: Release) -> None:
+    """How our Python runs a graph."""
+    _set(config, "intra_op_threads", KNOBS[config.name]["threads"])
+    _set(config, PRECISION, release.precision)
 
 
 def _input(tensor: Tensor, release: Release) -> ModelInput:

@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from export.onnx_from_towers import GRAPHS
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError
+from retrieval_contract.graph import openvino_bf16
 from retrieval_contract.release import ImageSpec
 from retrieval_contract.tensors import Array, Model, Sizes, UpTo
 from towers.two_towers import TextSide, TwoTowers
@@ -39,6 +40,7 @@ class Budget:
 
 EXACT = Budget(cosine=1 - 1e-6, max_abs=1e-5, invariance=1e-5)
 HALF = Budget(cosine=0.9995, max_abs=0.02, invariance=0.005)
+BF16 = Budget(cosine=0.999, max_abs=0.02, invariance=0.005)
 HALF_REFERENCE = Budget(cosine=0.999, max_abs=0.02, invariance=0.005)
 BATCHES = (1, 3, 8)
 SEED = 20230101
@@ -72,6 +74,12 @@ def onnx_runtime(model: onnx.ModelProto) -> Encode:
     """By ONNX Runtime on the processor, which fuses casts away: half precision looks better."""
     runtime = session(model)
     return lambda inputs: runtime.run(None, dict(inputs))[0]
+
+
+def openvino(model: onnx.ModelProto) -> Encode:
+    """By OpenVINO on the processor, in bf16; ContractError where it has none."""
+    runtime = openvino_bf16(model.SerializeToString(), threads=1)
+    return lambda inputs: next(iter(runtime.run(dict(inputs)).values()))
 
 
 def reference(model: onnx.ModelProto) -> Encode:

@@ -21,7 +21,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from export.config_from_contract import configs_of, text_of
 from export.half import half_of, half_share, islands_of, typed
 from export.onnx_from_towers import onnx_from_towers
 from export.parity import (
+    BF16,
     EXACT,
     HALF,
     HALF_REFERENCE,
@@ -44,6 +45,7 @@ from export.parity import (
     cases,
     few,
     onnx_runtime,
+    openvino,
     parity,
     reference,
     torch_vectors,
@@ -52,7 +54,7 @@ from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from retrieval_contract.probes import QUERIES, TITLES, Probes, probe_pictures
-from retrieval_contract.release import Release
+from retrieval_contract.release import Precision, Release
 from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model
 from towers.two_towers import TwoTowers
 
@@ -67,6 +69,7 @@ TOOLS = (
     "torch",
     "onnx",
     "onnxruntime",
+    "openvino",
     "onnx_graphsurgeon",
     "onnxscript",
     "transformers",
@@ -77,9 +80,15 @@ TOOLS = (
 
 
 def write_onnx(
-    towers: TwoTowers, folder: Path, console: Console, islands: Islands = NO_ISLANDS
+    towers: TwoTowers,
+    folder: Path,
+    console: Console,
+    islands: Islands = NO_ISLANDS,
+    precision: str = Precision.FP32,
 ) -> list[dict[str, Any]]:
     """Export both towers into `folder`, each in FP32 and FP16, beside `release.json`.
+
+    In bf16 it is the FP32 graph that is served, once it has been proved in bf16 as well.
 
     `islands`: by tower, nodes to leave in FP32 beside those of the rule. Returns what the
     manifest says of each. Raises ExportError, and then writes no graph of that tower.
@@ -88,7 +97,7 @@ def write_onnx(
     found = []
     for model in models.TOWERS:
         with console.status(f"{model.name}: tracing, cutting, comparing"):
-            facts = write_tower(towers, model, folder, islands.get(model.name, ()))
+            facts = write_tower(towers, model, folder, islands.get(model.name, ()), precision)
         console.print(f"{model.name}: {facts['nodes']} nodes, {facts['half_share']:.0%} in half")
         for name, proof in facts["parity"].items():
             console.print(
@@ -96,12 +105,16 @@ def write_onnx(
                 f"min cosine {proof['min_cosine']:.7f} over {proof['cases']} cases"
             )
         found.append(facts)
-    towers.release().save(folder)
+    release_of(towers, precision).save(folder)
     return found
 
 
 def write_tower(
-    towers: TwoTowers, model: Model, folder: Path, more_islands: Sequence[str] = ()
+    towers: TwoTowers,
+    model: Model,
+    folder: Path,
+    more_islands: Sequence[str] = (),
+    precision: str = Precision.FP32,
 ) -> dict[str, Any]:
     """One tower's two graphs, proved; what the manifest says of them."""
     passes: list[dict[str, object]] = []
@@ -119,6 +132,8 @@ def write_tower(
         "ONNX FP16": parity(towers, model, onnx_runtime(half), HALF, tried, wanted),
         "ONNX FP16, reference": parity(towers, model, reference(half), HALF_REFERENCE, few(tried)),
     }
+    if precision == Precision.BF16:
+        proofs["OpenVINO bf16"] = parity(towers, model, openvino(graph), BF16, tried, wanted)
     onnx.save(graph, folder / graph_file(model, models.ONNX_FILE))
     onnx.save(half, folder / graph_file(model, models.HALF_FILE))
     return {
@@ -132,19 +147,28 @@ def write_tower(
     }
 
 
+def release_of(towers: TwoTowers, precision: str) -> Release:
+    """Who the towers are in that precision."""
+    return replace(towers.release(), precision=precision)
+
+
 def graph_file(model: Model, name: str) -> str:
     """Where `write_onnx` puts a graph: the tower's name and the ending of the file's."""
     return f"{model.name}{name.removeprefix('model')}"
 
 
 def publish(
-    towers: TwoTowers, releases: Path, console: Console, islands: Islands = NO_ISLANDS
+    towers: TwoTowers,
+    releases: Path,
+    console: Console,
+    islands: Islands = NO_ISLANDS,
+    precision: str = Precision.FP32,
 ) -> Path:
     """Build `<releases>/<release_id>` unless this very code built it already; return it.
 
     Who comes while another builds in the same folder waits, and finds it built.
     """
-    release = towers.release()
+    release = release_of(towers, precision)
     home = releases / release.release_id
     releases.mkdir(parents=True, exist_ok=True)
     with locked(releases / ".lock"):
@@ -162,7 +186,7 @@ def _build(
 ) -> None:
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as name:
         folder = Path(name) / release.release_id
-        graphs = write_onnx(towers, folder, console, islands)
+        graphs = write_onnx(towers, folder, console, islands, release.precision)
         probes_of(towers, release, folder).save(folder)
         assemble(towers, release, folder)
         write_manifest(folder, release, graphs, islands)

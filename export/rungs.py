@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,20 +15,25 @@ from export.half import half_of
 from export.ladder import Found, Rung, Sample, Search, by_inputs, climb, encoded, samples_of
 from export.onnx_from_towers import onnx_from_towers
 from export.parity import (
+    BF16,
     EXACT,
     HALF,
     HALF_REFERENCE,
     Encode,
     normalised,
     onnx_runtime,
+    openvino,
     reference,
     torch_vectors,
 )
+from export.publish import release_of
 from export.report import table_of, write_page
 from export.surgery import operate
 from retrieval_client import Encoder, Settings
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
+from retrieval_contract.graph import why_no_bf16
+from retrieval_contract.release import Precision
 from retrieval_contract.tensors import Array, Model
 from towers.evaluate import side_of
 from towers.learning.catalog import ProductData, read_data
@@ -74,6 +79,8 @@ def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> d
                 climb(rung, with_torch, search, lambda rows, task=task: bar.advance(task, rows))
             )
     console.print(table_of(ladder))
+    if why := why_no_bf16():
+        console.print(f"left out: OpenVINO bf16 ({why})", markup=False)
     about = f"{asked.data.name}: {len(products)} products, {len(queries)} queries"
     write_page(out / "parity.html", ladder, f"{about}; release {towers.release().release_id}")
     console.print(f"{about}; page: {out / 'parity.html'}", markup=False)
@@ -112,8 +119,10 @@ def rungs_of(towers: TwoTowers, served: str | None) -> Iterator[Rung]:
             ("ONNX FP16, reference", HALF_REFERENCE, reference(half), REFERENCE_ROWS),
         ):
             yield Rung(name, model, budget, by_inputs(encode), rows)
+        if not why_no_bf16():
+            yield Rung("OpenVINO bf16", model, BF16, by_inputs(openvino(graph)))
         if served:
-            yield Rung("served over gRPC", model, EXACT, over_grpc(towers, model, served))
+            yield over_grpc(towers, model, served)
 
 
 def torch_encode(towers: TwoTowers, model: Model) -> Encode:
@@ -135,14 +144,15 @@ def as_traced(towers: TwoTowers, raw: onnx.ModelProto) -> Encode:
     return encode
 
 
-def over_grpc(towers: TwoTowers, model: Model, address: str) -> Callable[[Sample], Array]:
-    """Through a running server: texts and pictures in, vectors out."""
+def over_grpc(towers: TwoTowers, model: Model, address: str) -> Rung:
+    """Through a running server, in its precision: texts and pictures in, vectors out."""
     encoder = Encoder(replace(Settings.from_env(), triton=address, timeout_s=60.0))
-    release_id = towers.release().release_id
-    if (serves := encoder.served().release_id) != release_id:
+    budgets = {release_of(towers, Precision.FP32).release_id: ("served over gRPC", EXACT)}
+    budgets[release_of(towers, Precision.BF16).release_id] = ("served over gRPC, bf16", BF16)
+    if (serves := encoder.served().release_id) not in budgets:
         raise ReleaseMismatch(
-            f"{address}: expected release {release_id} of this checkpoint, it serves {serves}; "
-            "build and serve this checkpoint"
+            f"{address}: expected release {' or '.join(budgets)} of this checkpoint, it serves "
+            f"{serves}; build and serve this checkpoint"
         )
 
     def encode(sample: Sample) -> Array:
@@ -155,4 +165,5 @@ def over_grpc(towers: TwoTowers, model: Model, address: str) -> Callable[[Sample
             raise ExportError(f"{address}: {len(refused)} rows refused, such as {refused[0]}")
         return done.vectors
 
-    return encode
+    name, budget = budgets[serves]
+    return Rung(name, model, budget, encode)

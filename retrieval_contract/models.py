@@ -97,9 +97,12 @@ class Target(StrEnum):
     """Which runtime runs the towers: a `configs/<target>.pbtxt` of each."""
 
     GPU = "gpu"  # TensorRT plan
-    CPU = "cpu"  # the container's ONNX Runtime backend
-    LOCAL = "local"  # the Python backend running ONNX Runtime: the wheel's server has no other
+    CPU = "cpu"  # the container's ONNX Runtime backend; in bf16 the Python backend
+    LOCAL = "local"  # the Python backend: the wheel's server has no other
 
+
+PRECISION = "precision"
+"""Parameter of a config of ours that runs a graph, and field of `release.json`."""
 
 # File names inside a model's version folder.
 PYTHON_FILE = "model.py"

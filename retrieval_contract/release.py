@@ -9,11 +9,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 from retrieval_contract import models
 from retrieval_contract.errors import ContractError
+from retrieval_contract.models import Target
 from retrieval_contract.tensors import Ensemble, Model, Sizes, Tensor, UpTo
 
 RELEASE_FILE = "release.json"
@@ -22,6 +24,15 @@ RELEASE_PARAMETER = "release_id"
 
 PREPROCESSING_VERSION = 1
 """Raise it when `preprocess.py` would turn the same bytes into other tensors."""
+
+
+class Precision(StrEnum):
+    """What a release's towers are computed in on a processor; engines on a GPU are in FP16."""
+
+    FP32 = "fp32"
+    """By ONNX Runtime."""
+    BF16 = "bf16"
+    """By OpenVINO, on processors that have it."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,17 @@ class Release:
     title: TextSpec
     image: ImageSpec
     hashes: dict[str, str]
-    precision: str = "fp32"
+    precision: str = Precision.FP32
 
     def __post_init__(self) -> None:
         for name, size in self.sizes.items():
             if size < 1:
                 raise ContractError(f"release: {name} must be at least 1, got {size}")
+        if self.precision not in list(Precision):
+            raise ContractError(
+                f"release: expected a precision of {list(map(str, Precision))}, got "
+                f"{self.precision!r}"
+            )
 
     @property
     def sizes(self) -> Sizes:
@@ -101,6 +117,20 @@ class Release:
                 tensor.axes, tensor.dims(self.sizes), tensor.largest(self.sizes), strict=True
             )
         )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Where it can be served: vectors of an engine are not those of bf16."""
+        return tuple(t for t in Target if t is not Target.GPU or self.precision == Precision.FP32)
+
+    def for_target(self, target: Target) -> Release:
+        """Itself; ContractError where it cannot be served on that target."""
+        if target not in self.targets:
+            raise ContractError(
+                f"release {self.release_id}: expected one of {[str(t) for t in self.targets]} for "
+                f"{self.precision}, got {str(target)!r}; build it with --precision fp32"
+            )
+        return self
 
     @property
     def release_id(self) -> str:

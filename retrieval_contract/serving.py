@@ -33,6 +33,7 @@ from retrieval_contract.models import (
     EXPLAIN,
     ITEM_STATUS,
     ONNX_FILE,
+    PRECISION,
     QUERY_IDS,
     QUERY_MASK,
     QUERY_TOKENIZER,
@@ -44,6 +45,7 @@ from retrieval_contract.preprocess import TextPreprocessor
 from retrieval_contract.release import (
     RELEASE_PARAMETER,
     ImageSpec,
+    Precision,
     TextSpec,
     image_spec_from_json,
 )
@@ -56,14 +58,26 @@ def version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def parameter(args: dict[str, str], name: str) -> Any:
-    """One JSON value from the model's config parameters."""
-    return json.loads(json.loads(args["model_config"])["parameters"][name]["string_value"])
+def parameter(args: dict[str, str], name: str, unsaid: Any = None) -> Any:
+    """One JSON value from the model's config parameters; `unsaid` where an older release has none.
+
+    Raises KeyError where every release has it.
+    """
+    said = json.loads(args["model_config"])["parameters"]
+    if unsaid is not None and name not in said:
+        return unsaid
+    return json.loads(said[name]["string_value"])
 
 
 def text_spec(args: dict[str, str]) -> TextSpec:
     """The TextSpec that export wrote into this model's config."""
     return TextSpec(**parameter(args, "text"))
+
+
+def graph_of(args: dict[str, str], folder: Path) -> OnnxGraph:
+    """The graph in `folder`, with the threads and the precision that this model's config says."""
+    threads = parameter(args, "intra_op_threads")
+    return OnnxGraph(folder / ONNX_FILE, threads, parameter(args, PRECISION, Precision.FP32))
 
 
 def image_spec(args: dict[str, str]) -> ImageSpec:
@@ -100,7 +114,7 @@ class BehindDoor:
         said = config["parameters"]
         self.meters = Meters(args["model_name"], said[RELEASE_PARAMETER]["string_value"])
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        queue = parameter(args, QUEUE) if QUEUE in said else UNSAID_BATCHES
+        queue = parameter(args, QUEUE, UNSAID_BATCHES)
         self._door: Door[_Asked] = Door(config["max_batch_size"], queue)
         self.load(args)
         self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
@@ -225,8 +239,7 @@ class OnnxTower(BehindDoor):
 
     def load(self, args: dict[str, str]) -> None:
         """The graph beside this model; thread count from the config."""
-        threads = parameter(args, "intra_op_threads")
-        self.graph = OnnxGraph(version_folder(args) / ONNX_FILE, threads)
+        self.graph = graph_of(args, version_folder(args))
         self.graph.on_run = self.meters.ran
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
@@ -245,7 +258,7 @@ class OnnxQueryEncoder(BehindDoor):
         )
         text = (tokenizer / TOKENIZER_FILE).read_text("utf-8")
         self.preprocess = TextPreprocessor(text, text_spec(args), required=True)
-        self.graph = OnnxGraph(tower / ONNX_FILE, parameter(args, "intra_op_threads"))
+        self.graph = graph_of(args, tower)
         self.graph.on_run = self.meters.ran
 
     def compute(self, *arrays: Array) -> dict[str, Array]:

@@ -76,7 +76,7 @@ def test_batches_are_ordered() -> None:
     "change",
     [
         {"vector_dim": 128},
-        {"precision": "fp16"},
+        {"precision": "bf16"},
         {"hashes": {"weights": "other"}},
         {"hashes": {"query_tokenizer": "other"}},
         {"vocabulary": 7},

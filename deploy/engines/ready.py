@@ -93,7 +93,7 @@ def prepare(
     Raises EngineError where the GPU cannot be used and `missing` is not CPU, and for a build that
     fails under WAIT; the message says what to do.
     """
-    facts = Release.load(release)
+    facts = Release.load(release).for_target(Target.GPU)
     if runtime is None or gpu is None:
         what = "GPU (nvidia-smi names none)" if gpu is None else "TensorRT (no Python module)"
         if missing is not Missing.CPU:
