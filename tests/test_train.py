@@ -29,7 +29,7 @@ from towers.evaluate import evaluate
 from towers.heads import FUSIONS, Heads
 from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders
-from towers.learning.examples import general_texts, piece_of
+from towers.learning.examples import general_queries, general_texts, piece_of
 from towers.learning.keywords import AttributeKeywords, Prototypes, TitleKeywords
 from towers.learning.split import sides_of
 from towers.learning.student import Lesson, evenly, with_query_layers
@@ -134,6 +134,15 @@ def test_general_texts_need_no_other_catalog() -> None:
     assert texts == general_texts(["shoe", "red"], ["A title"], 100, seed=0)
     rng = random.Random(0)
     assert all(piece_of("One Two Three", rng) in "one two three" for _ in range(20))
+
+
+def test_a_student_is_taught_short_texts_on_other_subjects() -> None:
+    texts = general_queries(["shoe", "red"], ["Cordless Drill with two Batteries"], 200, seed=0)
+    assert [len(texts), max(len(text.split()) for text in texts)] == [200, 4]
+    of_title = [bool(set(text.split()) - {"shoe", "red"}) for text in texts]
+    assert 80 < sum(of_title) < 120, "titles and random words in equal parts"
+    assert general_queries([], ["", "Title"], 2, seed=0) == ["title", "title"]
+    assert general_queries([], [], 3, seed=0) == []
 
 
 # ── keywords ─────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ from towers.command import answer
 from towers.heads import Heads
 from towers.learning.catalog import ProductData, read_data
 from towers.learning.encoders import Advance, Encoders
-from towers.learning.examples import Examples, general_texts, make_examples
+from towers.learning.examples import Examples, general_queries, general_texts, make_examples
 from towers.learning.keywords import Prototypes, keywords_of
 from towers.learning.pictures import (
     PictureLesson,
@@ -124,6 +124,8 @@ class Material:
     columns: list[str]
     towers: Make
     encoders: Encoders
+    other_titles: list[str]
+    """Of the general folders."""
     general: list[str]
     examples: Examples
 
@@ -142,7 +144,7 @@ def prepare(args: argparse.Namespace, bars: Bars) -> Material:
     towers = teach_pictures(towers, data, columns, lesson, bars, args.work / "runs")
     encoders = Encoders(towers, args.work / "features")
     examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
-    return Material(columns, towers, encoders, general, examples)
+    return Material(columns, towers, encoders, titles, general, examples)
 
 
 def picture_epochs(args: argparse.Namespace) -> int:
@@ -196,7 +198,9 @@ def teach(
     """The same towers with a query encoder of fewer layers."""
     e = material.examples
     drawn = {query.text for draw in e.draws for query in draw}
-    texts = sorted(drawn.union(material.general, e.pieces))
+    words, count = vocabulary_of(towers), round(lesson.general * len(drawn))
+    others = general_queries(words, material.other_titles, count, lesson.seed)
+    texts = sorted(drawn.union(material.general, e.pieces, others))
     features = material.encoders.queries(texts, bars("lesson", len(texts)))
     with torch.no_grad():
         taught = unit(towers.heads.query(features))

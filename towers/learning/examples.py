@@ -14,7 +14,7 @@ from torch import Tensor
 
 from towers.learning.catalog import ProductData
 from towers.learning.encoders import Advance, Encoders
-from towers.learning.queries import QueryMaker, TrainingQuery
+from towers.learning.queries import QueryMaker, TrainingQuery, spoil
 from towers.learning.views import blank_picture, colour_column, without_words
 from towers.learning.words import words_of
 
@@ -78,6 +78,21 @@ def general_texts(
     while words and len(texts) < count:
         texts.append(" ".join(rng.choices(words, k=rng.randint(*GENERAL_WORDS))))
     return texts
+
+
+def general_queries(
+    vocabulary: Sequence[str], titles: Sequence[str], count: int, seed: int
+) -> list[str]:
+    """`count` short texts as somebody might ask on any subject: pieces of titles of other catalogs
+    and random words, as many of these as of those, now and then mistyped."""
+    rng = random.Random(seed)
+    random_words = general_texts(vocabulary, [], count, seed)
+    there = [title for title in titles if title.strip()]
+    sources = [texts for texts in (there, random_words) if texts]
+    pieces = [
+        piece_of(rng.choice(rng.choice(sources)), rng) for _ in range(count if sources else 0)
+    ]
+    return [spoil(piece.split(), rng) for piece in pieces]
 
 
 def piece_of(text: str, rng: random.Random) -> str:

@@ -38,7 +38,9 @@ class Lesson:
     """How a student is taught."""
 
     layers: int = 3
-    rounds: int = 2
+    rounds: int = 4
+    general: float = 1.5
+    """Short texts on other subjects for each query drawn from the catalog."""
     batch: int = 256
     learning_rate: float = 4e-4
     scale: float = 25.0
