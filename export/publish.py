@@ -222,7 +222,8 @@ def assemble(towers: TwoTowers, release: Release, folder: Path) -> None:
 
 
 def probes_of(towers: TwoTowers, release: Release, folder: Path) -> Probes:
-    """Golden probes by the FP32 graphs in `folder`, through the preprocessing that serves."""
+    """Golden probes by the FP32 graphs in `folder`, in the release's precision, through the
+    preprocessing that serves."""
     spec, images = towers.spec, probe_pictures()
     query = TextPreprocessor(spec.query.tokenizer_json, spec.query.spec, required=True)
     product = ProductPreprocessor(spec.title.tokenizer_json, spec.title.spec, spec.image)
@@ -231,8 +232,9 @@ def probes_of(towers: TwoTowers, release: Release, folder: Path) -> Probes:
         models.QUERY_TOWER: {models.QUERY_IDS.name: texts.ids, models.QUERY_MASK.name: texts.mask},
         models.PRODUCT_TOWER: product([title.encode() for title in TITLES], images).tensors,
     }
+    runtime = openvino if release.precision == Precision.BF16 else onnx_runtime
     vectors = {
-        model: onnx_runtime(onnx.load(folder / graph_file(model, models.ONNX_FILE)))(tensors)
+        model: runtime(onnx.load(folder / graph_file(model, models.ONNX_FILE)))(tensors)
         for model, tensors in given.items()
     }
     return Probes(
