@@ -40,7 +40,8 @@ class Budget:
 
 EXACT = Budget(cosine=1 - 1e-6, max_abs=1e-5, invariance=1e-5)
 HALF = Budget(cosine=0.9995, max_abs=0.02, invariance=0.005)
-BF16 = Budget(cosine=0.995, max_abs=0.02, invariance=0.005)
+BF16 = Budget(cosine=0.98, max_abs=0.05, invariance=0.005)
+"""Eight bits of a number are left; flat drawings lose most of what a picture's features say."""
 HALF_REFERENCE = Budget(cosine=0.999, max_abs=0.02, invariance=0.005)
 BATCHES = (1, 3, 8)
 SEED = 20230101
