@@ -254,47 +254,68 @@ def ratios_of(found: dict[int, list[Round]]) -> dict[str, float]:
     }
 
 
+def add_round_flags(
+    top: argparse.ArgumentParser, in_flight: Sequence[int], rows: Sequence[int]
+) -> None:
+    """What is asked and for how long, of programs that compare two in alternating rounds."""
+    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
+    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
+    for name, numbers, what in (
+        ("--in-flight", in_flight, "texts"),
+        ("--rows", rows, "products of a request"),
+    ):
+        top.add_argument(name, type=int, action="append", help=f"{what}; default: {tuple(numbers)}")
+    top.add_argument("--rounds", type=int, default=5)
+    top.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
+    top.add_argument("--product-seconds", type=float, default=10.0, help="the same, for products")
+
+
+def asked_of(args: argparse.Namespace) -> tuple[Sequence[str], Path]:
+    """Queries, and a source of products."""
+    queries = queries_from_csv(args.queries) if args.queries else built_in_queries()
+    return queries, args.products or write_rendered_catalog(Path("build/rendered_catalog"))
+
+
+def core_to_serve() -> int:
+    """One of two; this process asks from the other henceforth. RetrievalError for a single one."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise RetrievalError("expected two cores, one for the server and one to ask; got one")
+    os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
+    return cores[0]
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.limit", description=__doc__)
     top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
-    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
-    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
-    top.add_argument("--in-flight", type=int, action="append", help=f"default: {IN_FLIGHT}")
-    top.add_argument("--rows", type=int, action="append", help=f"of a request; default: {ROWS}")
+    add_round_flags(top, IN_FLIGHT, ROWS)
     top.add_argument(
         "--batch", type=int, action="append", help=f"rows of a run here; default: best of {BATCHES}"
     )
-    top.add_argument("--rounds", type=int, default=5)
-    top.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
-    top.add_argument("--product-seconds", type=float, default=10.0, help="the same, for products")
     top.add_argument("--only", choices=["query", "request", "product"], action="append")
     return top
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Serve on one core, ask from another; returns the report."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise RetrievalError("expected two cores, one for the server and one to ask; got one")
-    queries = queries_from_csv(args.queries) if args.queries else built_in_queries()
-    source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
+    queries, source = asked_of(args)
     release = Release.load(args.release)
-    os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
-    with on_core(cores[0]):
+    core = core_to_serve()
+    with on_core(core):
         sizes = args.batch or BATCHES
         asked = query_work(args.release, release, queries, sizes)
         pushed = product_work(args.release, release, source, sizes)
     log_path = Path("build") / "limit.log"
     with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
-        pin(server.process.pid, cores[0])
+        pin(server.process.pid, core)
         asks: dict[str, tuple[Work, Ask, Sequence[int]]] = {
             "query": (asked, callers(server, args.seconds), args.in_flight or IN_FLIGHT),
             "request": (asked, requests(server, args.seconds), args.in_flight or IN_FLIGHT),
             "product": (pushed, batches(server, args.product_seconds), args.rows or ROWS),
         }
         found = {
-            name: measure(name, work, server, cores[0], ask, numbers, args)
+            name: measure(name, work, server, core, ask, numbers, args)
             for name, (work, ask, numbers) in asks.items()
             if name in (args.only or asks)
         }

@@ -22,12 +22,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.limit import Ask, Row, batches, callers, pin, product_rows, query_rows, shuffled
+from benchmarks.limit import (
+    Ask,
+    Row,
+    add_round_flags,
+    asked_of,
+    batches,
+    callers,
+    core_to_serve,
+    pin,
+    product_rows,
+    query_rows,
+    shuffled,
+)
 from benchmarks.program import print_report
-from benchmarks.workload import built_in_queries, queries_from_csv
-from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import triton
-from retrieval_contract.errors import RetrievalError
 
 IN_FLIGHT, ROWS = (1, 16, 64), (1, 32)
 Rates = dict[int, list[tuple[float, float]]]
@@ -72,29 +81,19 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
     top.add_argument("release", type=Path, nargs=2, help="folders")
-    top.add_argument("--queries", type=Path, help="CSV with a column `query`, or its folder")
-    top.add_argument("--products", type=Path, help="a source; default: a catalog that is drawn")
-    top.add_argument("--in-flight", type=int, action="append", help=f"default: {IN_FLIGHT}")
-    top.add_argument("--rows", type=int, action="append", help=f"of a request; default: {ROWS}")
-    top.add_argument("--rounds", type=int, default=5)
-    top.add_argument("--seconds", type=float, default=2.0, help="of each half of a round")
-    top.add_argument("--product-seconds", type=float, default=6.0, help="the same, for products")
+    add_round_flags(top, IN_FLIGHT, ROWS)
     return top
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Serve both, ask; returns the report."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise RetrievalError("expected two cores, one for the servers and one to ask; got one")
-    queries = queries_from_csv(args.queries) if args.queries else built_in_queries()
-    source = args.products or write_rendered_catalog(Path("build/rendered_catalog"))
-    os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
+    queries, source = asked_of(args)
+    core = core_to_serve()
     with ExitStack() as held:
         log = held.enter_context((Path("build") / "precision.log").open("w", encoding="utf-8"))
         servers = [held.enter_context(triton(folder, log=log)) for folder in args.release]
         for server in servers:
-            pin(server.process.pid, cores[0])
+            pin(server.process.pid, core)
         asked = [callers(server, args.seconds) for server in servers]
         pushed = [batches(server, args.product_seconds) for server in servers]
         found = {
