@@ -94,6 +94,7 @@ class Found:
     """The lowest, the first percentile, the median."""
     invariance: float
     overlap: float = 1.0
+    queries: int = 0
     recall: Interval | None = None
     ndcg: Interval | None = None
 
@@ -110,11 +111,20 @@ class Found:
                 f"a row alone and in company differ by {self.invariance:.1e}, expected at most "
                 f"{budget.invariance:.0e}"
             )
-        if self.recall and not abs(self.recall.value) <= budget.recall:
+        if self.recall and not (abs(self.recall.value) <= budget.recall or self.by_chance):
             faults.append(
                 f"Recall@10 changes by {self.recall.value:+.4f}, expected at most ±{budget.recall}"
             )
         return faults
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether the change of recall is worth one query at most, and may as well be none: a few
+        queries cannot tell two thousandths."""
+        recall = self.recall
+        return bool(
+            recall and recall.low <= 0 <= recall.high and abs(recall.value) * self.queries <= 1
+        )
 
     def as_json(self) -> dict[str, object]:
         """One entry of the report."""
@@ -217,6 +227,7 @@ def climb(
     return replace(
         found,
         overlap=overlap_of(ours[0] @ ours[1].T, theirs[0] @ theirs[1].T),
+        queries=len(search.queries),
         recall=mean_interval(now["recall@10"] - then["recall@10"]),
         ndcg=mean_interval(now["ndcg@10"] - then["ndcg@10"]),
     )

@@ -50,6 +50,7 @@ from tests.tiny import tiny_make
 from tests.traced import traced
 from towers.checkpoint import SHIPPED, load_towers, save_make
 from towers.learning.catalog import ProductData, read_data
+from towers.learning.metrics import Interval
 from towers.make import Make
 
 QUERY, PRODUCT = models.QUERY_TOWER, models.PRODUCT_TOWER
@@ -108,6 +109,16 @@ def test_every_rung_of_both_towers_is_within_its_budget(ladder: list[Found]) -> 
     assert half.recall is not None
     slow = by_name["product_tower", "ONNX FP16, reference"]
     assert (slow.rows, slow.recall) == (6, None)
+
+
+@pytest.mark.parametrize(
+    ("queries", "low", "fault"), [(24, 0.0, False), (24, 0.001, True), (1000, 0.0, True)]
+)
+def test_one_query_of_few_is_chance(queries: int, low: float, fault: bool) -> None:
+    change = Interval(0.0042, low, 0.0125)
+    rung = Rung("some", QUERY, HALF, lambda sample: sample.vectors)
+    found = Found(rung, 8, 0.0, (1.0, 1.0, 1.0), 0.0, queries=queries, recall=change)
+    assert bool(found.faults) == fault
 
 
 def wrong(change: float) -> Rung:
