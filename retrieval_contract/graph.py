@@ -55,7 +55,7 @@ def why_no_bf16() -> str:
 
 
 def openvino_bf16(graph: Path | bytes, threads: int) -> Runtime:
-    """In bf16, by OpenVINO, which keeps sums, norms and the result in FP32.
+    """In bf16, by OpenVINO; what comes back is FP32.
 
     Asked for by name, and refused elsewhere: left to itself, OpenVINO takes bf16 where the
     processor has it, and FP32 where it has not, without a word

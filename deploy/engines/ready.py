@@ -91,7 +91,7 @@ def prepare(
     """Decide what to serve, and build what that takes.
 
     Raises EngineError where the GPU cannot be used and `missing` is not CPU, and for a build that
-    fails under WAIT; the message says what to do.
+    fails under WAIT; the message says what to do. ContractError for a release that no GPU serves.
     """
     facts = Release.load(release).for_target(Target.GPU)
     if runtime is None or gpu is None:
