@@ -128,8 +128,8 @@ class Release:
         if target not in self.targets:
             raise ContractError(
                 f"release {self.release_id}: expected one of {[str(t) for t in self.targets]} for "
-                f"{self.precision}, got {str(target)!r}; build it with --precision fp32, or serve it "
-                "on one of those"
+                f"{self.precision}, got {str(target)!r}; build it with --precision fp32, or "
+                "serve it on one of those"
             )
         return self
 
