@@ -82,6 +82,27 @@ def test_a_folder_without_products_is_said(tmp_path: Path) -> None:
         read_data(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("table", "beside", "said"),
+    [
+        (
+            {"id": ["a"], "name": ["x"]},
+            {},
+            r"one of the columns \('title',\), got \['id', 'name'\]",
+        ),
+        ({"id": ["a"], "title": ["x"]}, {"queries.csv": "query_id,query\n1,x\n"}, "qrels.csv or"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_said(
+    tmp_path: Path, table: dict[str, list[str]], beside: dict[str, str], said: str
+) -> None:
+    pq.write_table(pa.table(table), tmp_path / "products.parquet")
+    for name, text in beside.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SourceError, match=said):
+        read_data(tmp_path)
+
+
 def test_what_shares_a_title_or_a_picture_stays_together(data: ProductData) -> None:
     assert groups_of(["a", "b", "A ", "c"], [b"1", b"2", b"3", b"2"]) == [0, 1, 0, 1]
     assert groups_of(["", ""], [b"", b""]) == [0, 1], "nothing is not a thing to share"
@@ -105,6 +126,20 @@ def test_no_training_query_names_a_held_out_combination(data: ProductData) -> No
     assert 0 < held_out < len(data.queries), "the fixture has both"
     again = random.Random(0)
     assert [maker.draw(row, again).text for row in range(9)] == [q.text for _, q in drawn[:9]]
+
+
+def test_a_title_that_says_everything_names_no_held_out_combination() -> None:
+    """Five values in one title: one that goes may leave three others that are held out."""
+    kinds = {"gender": "Women", "usage": "Casual", "baseColour": "Brown", "articleType": "Heels"}
+    kinds |= {"brand": "Catwalk", "material": "Leather"}
+    title = " ".join(kinds.values())
+    attributes = {name: [value] for name, value in kinds.items()}
+    maker = QueryMaker(ProductData("one", ["a"], [title], attributes, [b""], []), list(kinds))
+    rng = random.Random(0)
+    for _ in range(500):
+        said = set(words_of(maker.draw(0, rng).text))
+        there = [value for value in kinds.values() if set(words_of(value)) <= said]
+        assert not names_held_out(there), said
 
 
 def test_a_typo_changes_a_word_a_little() -> None:

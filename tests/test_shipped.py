@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deploy.demo import REAL_CATALOG
-from towers.checkpoint import SHIPPED, TRAINING_FILE, load_towers
+from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
 from towers.efficientnet_lite import EARLY_BLOCKS
 from towers.evaluate import evaluate, side_of
 from towers.learning.baselines import BASELINES, baselines
@@ -62,13 +62,22 @@ def test_what_it_was_trained_on_is_not_asked_about(tmp_path: Path) -> None:
     card = (SHIPPED / "README.md").read_text("utf-8")
     assert f"{facts['products']:,} products of `{facts['data']}`" in card
     (tmp_path / "products.parquet").write_bytes(b"another catalog")
-    assert side_of(tmp_path, str(SHIPPED)) == "all"
+    assert side_of(tmp_path, SHIPPED) == "all"
+
+
+def test_what_its_start_was_trained_on_is_not_asked_about_either(tmp_path: Path) -> None:
+    (tmp_path / "products.parquet").write_bytes(b"the first catalog")
+    first = {"products_sha256": file_hash(tmp_path / "products.parquet"), "side": "train"}
+    second = {"products_sha256": "of another", "side": "train", "start": first}
+    (tmp_path / TRAINING_FILE).write_text(json.dumps(second))
+    assert side_of(tmp_path, tmp_path) == "test"
+    assert side_of(tmp_path, SHIPPED, tmp_path) == "test", "of any of those that are compared"
 
 
 @pytest.mark.skipif(not REAL_CATALOG.is_dir(), reason="the real product catalog is not there")
 def test_it_finds_what_titles_do_not_say(shipped: Make) -> None:
     """Every sixth product of the side that was never trained on."""
-    assert side_of(REAL_CATALOG, str(SHIPPED)) == "test"
+    assert side_of(REAL_CATALOG, SHIPPED) == "test"
     data = read_data(REAL_CATALOG)
     data = data.select(sides_of(data)["test"][::6])
     slices = ["all", "colour_not_in_title"]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_contract.errors import SourceError
+from retrieval_contract.errors import CheckpointError, SourceError
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
@@ -28,16 +28,26 @@ from towers.checkpoint import SHIPPED, load_towers, save_make
 from towers.evaluate import evaluate
 from towers.heads import FUSIONS, Heads
 from towers.learning.catalog import read_data
-from towers.learning.encoders import Encoders
-from towers.learning.examples import general_queries, general_texts, piece_of
+from towers.learning.encoders import Encoders, no_advance
+from towers.learning.examples import general_queries, general_texts, make_examples, piece_of
 from towers.learning.keywords import AttributeKeywords, Prototypes, TitleKeywords
 from towers.learning.split import sides_of
-from towers.learning.student import Lesson, evenly, with_query_layers
+from towers.learning.student import Lesson, Teaching, evenly, with_query_layers
 from towers.learning.systems import Towers, TrainedHeads, systems_of
 from towers.learning.training import Recipe, Trainer
 from towers.learning.views import colour_not_in_title
 from towers.make import Make
-from towers.train import Bars, Material, asked_columns, parser, prepare, teach, train_heads
+from towers.train import (
+    Bars,
+    Material,
+    asked_columns,
+    parser,
+    prepare,
+    query_layers,
+    teach,
+    train_heads,
+)
+from towers.two_towers import unit
 
 RECIPE = Recipe(epochs=4, batch=64, head_width=32, vector_dim=16, prototypes=0.5, general=1.0)
 
@@ -145,6 +155,24 @@ def test_a_student_is_taught_short_texts_on_other_subjects() -> None:
     assert general_queries([], [], 3, seed=0) == []
 
 
+def test_a_product_that_says_nothing_to_ask_it_by_is_left_out(tmp_path: Path) -> None:
+    data = read_data(write_judged_catalog(tmp_path)).select(list(range(0, 360, 30)))
+    data.titles[2], data.titles[5] = "", " "
+    for values in data.attributes.values():
+        values[2] = "NA"
+    made = make_examples(
+        data,
+        Encoders(tiny_make()),
+        list(data.attributes),
+        40,
+        ["x"],
+        0,
+        lambda what, rows: no_advance,
+    )
+    assert made.data.ids == [i for i in data.ids if i != data.ids[2]]
+    assert all(draw[4].attributes for draw in made.draws), "no title: asked by its values"
+
+
 # ── keywords ─────────────────────────────────────────────────────────────────────────────
 def test_attributes_tell_false_negatives(material: Material) -> None:
     e = material.examples
@@ -171,6 +199,7 @@ def test_title_words_tell_false_negatives(material: Material) -> None:
         named = [value.lower().rstrip("s") for _, value in query.attributes]
         if is_held:
             assert all(part in title for value in named for part in value.split()), title
+    assert held.sum() > 1, "more than the product itself"
 
 
 # ── training ─────────────────────────────────────────────────────────────────────────────
@@ -261,6 +290,31 @@ def test_a_student_comes_near_its_teacher(material: Material, tmp_path: Path) ->
     assert torch.equal(student.title_text.bert.embeddings.word_embeddings.weight, before)
 
 
+def test_a_lesson_goes_on_where_it_was_cut(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("towers.learning.student.KEPT_EVERY", 2)
+    teacher, texts = material.towers, [q.text for q in material.examples.draws[0]][:96]
+    with torch.no_grad():
+        taught = unit(teacher.heads.query(Encoders(teacher).queries(texts)))
+    lesson = Lesson(layers=1, rounds=2, batch=32)
+
+    def teaching() -> Teaching:
+        return Teaching(with_query_layers(teacher, 1), texts, taught, taught, lesson)
+
+    def cut(step: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    whole = teaching().run().state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        teaching().run(tmp_path, cut)
+    steps: list[int] = []
+    again = teaching().run(tmp_path, lambda step, loss: steps.append(step)).state_dict()
+    assert steps == [3, 4, 5, 6], "the third was not kept"
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 # ── the command ──────────────────────────────────────────────────────────────────────────
 def command(folder: Path, start: Path, out: Path, *more: str) -> list[str]:
     flags = ["--data", str(folder), "--start", str(start), "--out", str(out), "--query-layers", "1"]
@@ -307,6 +361,9 @@ def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -
     data = read_data(folder)
     with pytest.raises(SourceError, match=r"no attributes \['size'\]; it has \['articleType'"):
         asked_columns(data, ["size"])
+    args = parser().parse_args(command(folder, start, tmp_path / "out", "--query-layers", "9")[3:])
+    with pytest.raises(CheckpointError, match="--query-layers 9: expected 1 to 2"):
+        query_layers(args, tiny_make())
     done = subprocess.run(
         command(tmp_path / "nowhere", start, tmp_path / "out"),
         cwd=ROOT,

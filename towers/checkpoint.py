@@ -11,6 +11,7 @@ import importlib
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -35,6 +36,15 @@ TRAINING_FILE = "training.json"
 """What a checkpoint was trained on and how, where it was trained here."""
 SHIPPED = Path(__file__).parent / "weights" / "make"
 EXPECTED = f"a checkpoint has {CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}"
+
+
+def training_of(where: str | Path) -> dict[str, Any] | None:
+    """What a checkpoint's TRAINING_FILE says; none where it was not trained here."""
+    path = Path(where) / TRAINING_FILE
+    if not path.is_file():
+        return None
+    facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return facts
 
 
 def load_towers(where: str) -> TwoTowers:

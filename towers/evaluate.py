@@ -7,7 +7,6 @@ Tables on screen, a page of ranked photos under `--out`, and the figures as JSON
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from retrieval_contract.errors import SourceError
-from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
+from towers.checkpoint import SHIPPED, file_hash, load_towers, training_of
 from towers.command import answer
 from towers.learning.baselines import BASELINES, baselines
 from towers.learning.catalog import ProductData, Query, read_data
@@ -146,25 +145,30 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def side_of(folder: Path, checkpoint: str) -> str:
-    """Products that the checkpoint was trained on are not asked about."""
-    path = Path(checkpoint) / TRAINING_FILE
-    if not path.is_file():
-        return "all"
-    trained = json.loads(path.read_text("utf-8"))
-    same = trained["products_sha256"] == file_hash(folder / "products.parquet")
-    return "test" if same and trained["side"] == "train" else "all"
+def side_of(folder: Path, *checkpoints: str | Path) -> str:
+    """Products that one of these, or what it started from, was trained on are not asked about."""
+    asked = file_hash(folder / "products.parquet")
+    for checkpoint in checkpoints:
+        trained = training_of(checkpoint)
+        while trained:
+            if trained["products_sha256"] == asked and trained["side"] == "train":
+                return "test"
+            trained = trained.get("start")
+    return "all"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every folder; returns the report."""
     names = [*(args.beside or OTHERS), "make"]
+    trained = set(names) & set(BASELINES)  # with the shipped checkpoint, on its products
     systems = [s for s in systems_of(load_towers(args.checkpoint), baselines()) if s.name in names]
     report = {}
     for folder in args.data:
         data = read_data(folder)
-        side = args.side or side_of(folder, args.checkpoint)
+        side = args.side or side_of(folder, args.checkpoint, *([SHIPPED] if trained else []))
         console.print(f"{folder}: side {side}", markup=False)
+        if trained and side_of(folder, SHIPPED) == "all":
+            console.print(f"{', '.join(sorted(trained))}: not trained on this catalog")
         if side != "all":
             data = data.select(sides_of(data)[side])
         if not data.queries:

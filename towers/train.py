@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from retrieval_contract.errors import CheckpointError, SourceError
-from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make
+from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make, training_of
 from towers.command import answer
 from towers.heads import Heads
 from towers.learning.catalog import ProductData, read_data
@@ -153,6 +153,18 @@ def picture_epochs(args: argparse.Namespace) -> int:
     return asked if asked is not None else 0 if args.start else PictureLesson.epochs
 
 
+def query_layers(args: argparse.Namespace, towers: Make) -> int:
+    """Layers of the query encoder to end with: asked for, else as the start has, 3 at most."""
+    has = len(towers.query_text.bert.encoder.layer)
+    asked: int = args.query_layers or min(has, Lesson.layers)
+    if not 1 <= asked <= has:
+        raise CheckpointError(
+            f"--query-layers {asked}: expected 1 to {has}, the layers that the start has; "
+            "start from one that has more"
+        )
+    return asked
+
+
 def teach_pictures(
     towers: Make,
     data: ProductData,
@@ -273,22 +285,22 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             recipe, material, told, args.work / "runs", towers.heads if args.start else None
         )
         made = with_heads(towers, heads, recipe)
-        has = len(towers.query_text.bert.encoder.layer)
-        lesson = Lesson(
-            args.query_layers or min(has, Lesson.layers), args.rounds, scale=scale, seed=args.seed
-        )
-        if lesson.layers < has:
+        layers, has = query_layers(args, towers), len(towers.query_text.bert.encoder.layer)
+        lesson = Lesson(layers, args.rounds, scale=scale, seed=args.seed) if layers < has else None
+        if lesson:
             made = teach(made, material, lesson, bars, args.work / "runs")
     save_make(rounded(made), args.out)
     facts = {
         "data": args.data.name,
         "products_sha256": file_hash(args.data / "products.parquet"),
         "side": "all" if args.everything else "train",
+        "general": [folder.name for folder in args.general],
+        "start": training_of(args.start) if args.start else None,
         "products": len(material.examples),
         "attributes": material.columns,
         "pictures": asdict(PictureLesson(epochs=picture_epochs(args))),
         "recipe": asdict(recipe),
-        "lesson": asdict(lesson),
+        "lesson": asdict(lesson) if lesson else None,
         "torch": torch.__version__.split("+")[0],
     }
     (args.out / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")

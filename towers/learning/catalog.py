@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from retrieval_contract.errors import SourceError
 
 IDS = ("id", "product_id")
+TITLES = ("title",)
 PICTURES = ("jpeg", "image")
 GRADES = ("rel", "rating", "relevance", "grade")
 MAX_VALUES = 300
@@ -77,7 +78,7 @@ def read_data(folder: Path) -> ProductData:
     table = pq.read_table(path)
     key = _first(IDS, table.column_names, path)
     ids = [str(value) for value in table[key].to_pylist()]
-    titles = [str(value or "") for value in table["title"].to_pylist()]
+    titles = [str(v or "") for v in table[_first(TITLES, table.column_names, path)].to_pylist()]
     attributes = {}
     for name in table.column_names:
         if name in (key, "title") or "string" not in str(table.schema.field(name).type):
@@ -113,6 +114,10 @@ def _queries(folder: Path, attributes: dict[str, list[str]]) -> list[Query]:
     if not path.is_file():
         return []
     graded = labels.is_file() and not qrels.is_file()
+    if not graded and not qrels.is_file():
+        raise SourceError(
+            f"{path}: expected {qrels.name} or {labels.name} beside it, found neither"
+        )
     scores: dict[str, dict[str, float]] = defaultdict(dict)
     judgements = _records(labels if graded else qrels)
     if judgements:

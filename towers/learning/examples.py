@@ -112,8 +112,13 @@ def make_examples(
     seed: int,
     progress: Callable[[str, int], Advance],
 ) -> Examples:
-    """Encode everything once; `progress(what, rows)` gives the callback that counts them."""
+    """Encode everything once; `progress(what, rows)` gives the callback that counts them.
+
+    Products that say nothing to ask them by are left out.
+    """
     rng = random.Random(seed)
+    every = QueryMaker(data, columns)
+    data = data.select([row for row in range(len(data)) if every.can_ask(row)])
     maker = QueryMaker(data, columns)
     drawn = [[maker.draw(row, rng) for row in range(len(data))] for _ in range(draws)]
     variants = (data.titles, *cut_titles(data))

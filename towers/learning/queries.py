@@ -34,10 +34,14 @@ class QueryMaker:
     def __init__(self, data: ProductData, columns: Sequence[str]) -> None:
         self.data, self.columns = data, columns
 
+    def can_ask(self, row: int) -> bool:
+        """Whether the product in `row` says anything that it could be asked by."""
+        return bool(self.data.titles[row].strip() or self._named(row))
+
     def draw(self, row: int, rng: random.Random) -> TrainingQuery:
-        """One query for the product in `row`."""
+        """One query for the product in `row`, which must be one that `can_ask`."""
         named = self._named(row)
-        title = self.data.titles[row]
+        title = self.data.titles[row].strip()
         if named and (rng.random() < ATTRIBUTE_SHARE or not title):
             return self._of_attributes(named, rng)
         return TrainingQuery(self._of_title(title, [v for _, v in named], rng))
@@ -63,12 +67,16 @@ class QueryMaker:
             words = rng.sample(
                 words, rng.randint(min(FEWEST_WORDS, len(words)), min(4, len(words)))
             )
-        said = set(words_of(" ".join(words)))
-        there = [value for value in values if set(words_of(value)) <= said]
-        if names_held_out(there):
+        while len(words) > 1 and names_held_out(there := _said(words, values)):
             gone = set(words_of(rng.choice(there)))
             words = [word for word in words if not gone & set(words_of(word))] or words[:1]
         return spoil([word.lower() for word in words], rng)
+
+
+def _said(words: Sequence[str], values: Sequence[str]) -> list[str]:
+    """Those of the values whose every word is among these."""
+    said = set(words_of(" ".join(words)))
+    return [value for value in values if set(words_of(value)) <= said]
 
 
 def is_value(value: str) -> bool:
