@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from deploy.server import LOOPBACK, Server, choose_ports, triton
 from retrieval_client.catalog import Catalog
 from retrieval_client.collection import Ask, Collection
 from retrieval_client.push import Push
+from retrieval_client.query import Query
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
@@ -53,7 +55,7 @@ class Outage:
 
 
 class Searchers:
-    """Threads that share a client and never stop searching, while the block runs."""
+    """Threads that share a client and never stop searching, by a text and by a product's id."""
 
     def __init__(self, settings: Settings, outage: Outage) -> None:
         self.settings, self.outage = settings, outage
@@ -61,7 +63,8 @@ class Searchers:
 
     def __enter__(self) -> None:
         self._search = ProductSearch(self.settings)
-        self._search("red shirt", timeout_s=60.0)
+        found = self._search("red shirt", timeout_s=60.0)
+        self._asked = (Query("red shirt"), Query(like=found[0].id))
         self._threads = [threading.Thread(target=self._go) for _ in range(SEARCHERS)]
         for thread in self._threads:
             thread.start()
@@ -73,10 +76,12 @@ class Searchers:
         self._search.__exit__(None, None, None)
 
     def _go(self) -> None:
-        while not self._over.is_set():
+        for query in itertools.cycle(self._asked):
+            if self._over.is_set():
+                return
             start = time.monotonic()
             try:
-                self._search("red shirt", timeout_s=DEADLINE_S)
+                self._search(query, timeout_s=DEADLINE_S)
                 outcome = "answered"
             except RetrievalError as exc:
                 outcome = type(exc).__name__

@@ -20,7 +20,9 @@ from benchmarks.ingest_storage import NAMESPACE, Storage, cut, repaired, said, s
 from benchmarks.stand_in import StandIns
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import Server
-from retrieval_client import Catalog, Settings
+from retrieval_client import Catalog, Collection, Settings
+from retrieval_client.collection import CollectionInfo
+from retrieval_client.deadline import Deadline
 from retrieval_client.push import Push
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import DeadlineExceeded
@@ -115,14 +117,23 @@ def test_a_disk_that_cannot_be_written_is_said_and_loses_nothing(tmp_path: Path,
     assert seen["refused"]["error"], "else the test shows nothing"
 
 
-def test_a_milvus_that_never_answers_keeps_nobody_past_the_deadline() -> None:
+WAITS: dict[str, Callable[[Catalog, Collection, Deadline], object]] = {
+    "the first look": lambda catalog, stored, deadline: catalog.serving(deadline),
+    "more like this": lambda catalog, stored, deadline: stored.of_ids(["a"], [], deadline=deadline),
+    "words as well": lambda catalog, stored, deadline: stored.need_words(deadline),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_milvus_that_never_answers_keeps_nobody_past_the_deadline(wait: str) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        settings = Settings(milvus=f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.7)
-        catalog, started = Catalog(settings), time.monotonic()
+        catalog = Catalog(Settings(milvus=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        stored = Collection(catalog.milvus, CollectionInfo("products", "0123456789abcdef", 8))
+        started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.7 s"):
-            catalog.serving()
+            WAITS[wait](catalog, stored, Deadline(0.7))
         assert time.monotonic() - started < 0.7 + 0.5
 
 

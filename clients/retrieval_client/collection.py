@@ -201,8 +201,9 @@ class Collection:
         deadline: Deadline | None = None,
         limit: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Rows under a condition, as they are now; at most `limit`."""
-        with self.milvus.errors(f"query {self.name}"):
+        """Rows under a condition, as they are now; at most `limit`. A search gives its deadline."""
+
+        def ask_milvus() -> list[dict[str, Any]]:
             return list(
                 self.milvus.client.query(
                     self.name,
@@ -213,6 +214,12 @@ class Collection:
                     **({"limit": limit} if limit else {}),
                 )
             )
+
+        what = f"query {self.name}"
+        if deadline:
+            return self.milvus.within(deadline, what, ask_milvus)
+        with self.milvus.errors(what):
+            return ask_milvus()
 
     def of_ids(
         self,
@@ -273,9 +280,9 @@ class Collection:
         data = np.asarray(vectors, np.float32).tolist()
         return self._search(VECTOR.name, data, ask or Ask(), deadline)
 
-    def need_words(self) -> None:
+    def need_words(self, deadline: Deadline) -> None:
         """Unsupported where titles cannot be searched by their words."""
-        self.milvus.backend.need(Feature.BM25)
+        self.milvus.backend_by(deadline).need(Feature.BM25)
         if not self.info.has_words:
             raise Unsupported(
                 f"{self.name}: expected the field `{WORDS.name}`, which its Milvus did not have "
@@ -289,7 +296,8 @@ class Collection:
 
         Raises Unsupported where the Milvus has no BM25, or had none when the collection was made.
         """
-        self.need_words()
+        deadline = deadline or Deadline(self.milvus.timeout_s)
+        self.need_words(deadline)
         found = self._search(WORDS.name, list(texts), ask or Ask(), deadline)
         # Milvus Lite calls it a distance: less is better; and may add products that have no word.
         return [[replace(hit, score=abs(hit.score)) for hit in hits if hit.score] for hits in found]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +38,7 @@ class Milvus:
         self._settings = settings
         self._opening = threading.Lock()
         self._client: MilvusClient | None = None
+        self._backend: Backend | None = None
         self._calls = ThreadPoolExecutor(CALLS, thread_name_prefix="milvus")
 
     def close(self) -> None:
@@ -114,8 +114,17 @@ class Milvus:
                 ) from exc
             raise
 
-    @cached_property
+    @property
     def backend(self) -> Backend:
         """What it is, and so what it can do."""
-        with self.errors("version"):
-            return Backend.of(self.client.get_server_version(timeout=self.timeout_s))
+        return self.backend_by(Deadline(self.timeout_s))
+
+    def backend_by(self, deadline: Deadline) -> Backend:
+        """The same; asked once, within the deadline of who needs it first."""
+        if self._backend is None:
+            self._backend = self.within(
+                deadline,
+                "version",
+                lambda: Backend.of(self.client.get_server_version(timeout=deadline.left_s)),
+            )
+        return self._backend

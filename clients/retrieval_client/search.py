@@ -149,7 +149,7 @@ class ProductSearch:
         with span("encode"):
             encoder = self.encoders.for_collection(collection.info, deadline)
             if options.routes:  # before anything is computed for a Milvus that cannot
-                collection.need_words()
+                collection.need_words(deadline)
             encoded = encode(queries, encoder, collection, options.consistency, deadline)
         with span("milvus"):
             hits = self._hits(queries, encoded, collection, options, deadline)
