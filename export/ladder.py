@@ -54,13 +54,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of one tower; `rows`: how many it is tried on, where it is too slow for all."""
+    """One step of one tower; `rows`: how many it is tried on, where it is too slow for all.
+
+    `opt_in`: nobody is served by it who did not ask for it, so its faults are told and do not fail
+    the ladder.
+    """
 
     name: str
     tower: Model
     budget: Budget
     encode: Callable[[Sample], Array]
     rows: int | None = None
+    opt_in: bool = False
 
 
 def by_inputs(encode: Encode) -> Callable[[Sample], Array]:
@@ -138,6 +143,7 @@ class Found:
             "cosine_p1": first,
             "cosine_p50": median,
             "alone_or_in_company": self.invariance,
+            "opt_in": self.rung.opt_in,
             "faults": self.faults,
         }
         if self.recall and self.ndcg:

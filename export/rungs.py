@@ -10,7 +10,10 @@ import numpy as np
 import onnx
 from rich.console import Console
 from rich.progress import Progress
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from export.config_from_contract import BACKENDS
 from export.half import half_of
 from export.ladder import Found, Rung, Sample, Search, by_inputs, climb, encoded, samples_of
 from export.onnx_from_towers import onnx_from_towers
@@ -19,6 +22,7 @@ from export.parity import (
     EXACT,
     HALF,
     HALF_REFERENCE,
+    Budget,
     Encode,
     normalised,
     onnx_runtime,
@@ -30,6 +34,7 @@ from export.publish import release_of
 from export.report import table_of, write_page
 from export.surgery import operate
 from retrieval_client import Encoder, Settings
+from retrieval_client.channel import channel_to
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
 from retrieval_contract.graph import why_no_bf16
@@ -86,7 +91,7 @@ def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> d
     console.print(f"{about}; page: {out / 'parity.html'}", markup=False)
     return {
         "rungs": [found.as_json() for found in ladder],
-        "ok": not any(found.faults for found in ladder),
+        "ok": not any(found.faults for found in ladder if not found.rung.opt_in),
     }
 
 
@@ -120,7 +125,7 @@ def rungs_of(towers: TwoTowers, served: str | None) -> Iterator[Rung]:
         ):
             yield Rung(name, model, budget, by_inputs(encode), rows)
         if not why_no_bf16():
-            yield Rung("OpenVINO bf16", model, BF16, by_inputs(openvino(graph)))
+            yield Rung("OpenVINO bf16", model, BF16, by_inputs(openvino(graph)), opt_in=True)
         if served:
             yield over_grpc(towers, model, served)
 
@@ -146,14 +151,15 @@ def as_traced(towers: TwoTowers, raw: onnx.ModelProto) -> Encode:
 
 def over_grpc(towers: TwoTowers, model: Model, address: str) -> Rung:
     """Through a running server, in its precision: texts and pictures in, vectors out."""
-    encoder = Encoder(replace(Settings.from_env(), triton=address, timeout_s=60.0))
-    budgets = {release_of(towers, Precision.FP32).release_id: ("served over gRPC", EXACT)}
-    budgets[release_of(towers, Precision.BF16).release_id] = ("served over gRPC, bf16", BF16)
-    if (serves := encoder.served().release_id) not in budgets:
+    settings = replace(Settings.from_env(), triton=address, timeout_s=60.0)
+    encoder = Encoder(settings)
+    precisions = {release_of(towers, of).release_id: of for of in Precision}
+    if (serves := encoder.served().release_id) not in precisions:
         raise ReleaseMismatch(
-            f"{address}: expected release {' or '.join(budgets)} of this checkpoint, it serves "
+            f"{address}: expected release {' or '.join(precisions)} of this checkpoint, it serves "
             f"{serves}; build and serve this checkpoint"
         )
+    name, budget = judged_by(precisions[serves], backend_of(settings, model))
 
     def encode(sample: Sample) -> Array:
         if model is models.QUERY_TOWER:
@@ -165,5 +171,23 @@ def over_grpc(towers: TwoTowers, model: Model, address: str) -> Rung:
             raise ExportError(f"{address}: {len(refused)} rows refused, such as {refused[0]}")
         return done.vectors
 
-    name, budget = budgets[serves]
     return Rung(name, model, budget, encode)
+
+
+def judged_by(precision: Precision, backend: str) -> tuple[str, Budget]:
+    """The name and the budget of what a server gives: an engine of any release is in FP16."""
+    if backend == BACKENDS[models.Target.GPU]:
+        return "served over gRPC, engine", HALF
+    return {
+        Precision.FP32: ("served over gRPC", EXACT),
+        Precision.BF16: ("served over gRPC, bf16", BF16),
+    }[precision]
+
+
+def backend_of(settings: Settings, model: Model) -> str:
+    """What runs a tower on the server."""
+    with channel_to(settings) as channel:
+        request = pb.ModelConfigRequest(name=model.name)
+        reply = GRPCInferenceServiceStub(channel).ModelConfig(request, timeout=settings.timeout_s)
+    backend: str = reply.config.backend
+    return backend

@@ -136,6 +136,14 @@ def test_a_graph_that_a_runtime_optimised_is_refused(done: dict[str, onnx.ModelP
         surgery.check_contract(graph, QUERY_TOWER, RELEASE)
 
 
+def test_a_graph_with_a_renamed_output_is_refused(done: dict[str, onnx.ModelProto]) -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(done["query_tower"])
+    graph.graph.output[0].name = "vector"
+    with pytest.raises(ExportError, match=r"expected query_vector float32 .*, got vector float32"):
+        surgery.check_contract(graph, QUERY_TOWER, RELEASE)
+
+
 def test_pixels_are_normalised_inside() -> None:
     x = gs.Variable("pixels", np.float32, ["batch", 3, 64, 64])
     y = gs.Variable("y", np.float32, ["batch", 3, 64, 64])

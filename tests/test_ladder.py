@@ -35,14 +35,15 @@ from export.ladder import (
     samples_of,
     trimmed,
 )
-from export.parity import EXACT, HALF, cosines_of
+from export.parity import BF16, EXACT, HALF, Budget, cosines_of
 from export.publish import publish
 from export.report import write_page
-from export.rungs import Asked, climb_all, rungs_of, torch_encode
+from export.rungs import Asked, climb_all, judged_by, rungs_of, torch_encode
 from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
 from retrieval_contract.graph import why_no_bf16
+from retrieval_contract.release import Precision
 from retrieval_contract.tensors import Array
 from tests import clip_family
 from tests.conftest import ROOT
@@ -143,9 +144,14 @@ def test_a_rung_past_its_budget_says_what_and_by_how_much(
 
 
 def test_what_a_rung_costs_in_recall_is_found(samples: dict[str, Sample], search: Search) -> None:
-    """Vectors of other products: each cosine may be high, no query finds what it should."""
-    shuffled = np.random.default_rng(0).permutation(len(samples[PRODUCT.name]))
-    torch_vectors = samples[PRODUCT.name].vectors
+    """Vectors of other products: each cosine may be high, no query finds what it found."""
+    ids, torch_vectors = search.ids, samples[PRODUCT.name].vectors
+    found = np.argsort(-(samples[QUERY.name].vectors @ torch_vectors.T), axis=1)[:, :5]
+    right = [
+        replace(query, grades={ids[row]: 1 for row in rows}, judged=frozenset())
+        for query, rows in zip(search.queries, found.tolist(), strict=True)
+    ]
+    shuffled = np.random.default_rng(0).permutation(len(ids))
     rows = {row.tobytes(): at for at, row in enumerate(samples[PRODUCT.name].inputs["pixels"])}
     loose = replace(HALF, cosine=-1.0, max_abs=9.0, invariance=9.0)
     rung = Rung(
@@ -156,11 +162,24 @@ def test_what_a_rung_costs_in_recall_is_found(samples: dict[str, Sample], search
             [shuffled[rows[row.tobytes()]] for row in sample.inputs["pixels"]]
         ],
     )
-    found = climb(rung, samples, search)
-    assert found.recall is not None
-    assert found.overlap < 0.9
-    if found.recall.value:  # by chance the untrained towers may find as much
-        assert "Recall@10 changes" in "".join(found.faults)
+    climbed = climb(rung, samples, Search(right, ids))
+    assert climbed.overlap < 0.9
+    assert "Recall@10 changes by -" in "".join(climbed.faults)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "name", "budget"),
+    [
+        ("fp32", "python", "served over gRPC", EXACT),
+        ("fp32", "onnxruntime", "served over gRPC", EXACT),
+        ("bf16", "python", "served over gRPC, bf16", BF16),
+        ("fp32", "tensorrt", "served over gRPC, engine", HALF),
+    ],
+)
+def test_what_is_served_is_judged_by_its_precision(
+    precision: str, backend: str, name: str, budget: Budget
+) -> None:
+    assert judged_by(Precision(precision), backend) == (name, budget)
 
 
 def test_a_row_that_depends_on_its_company_is_found(samples: dict[str, Sample]) -> None:
