@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.stand_in import StandIns
+from benchmarks.stand_in import BAD, StandIns
 from retrieval_client import Catalog, Collection, Encoders, ProductRow, Settings
 from retrieval_client.__main__ import main
-from retrieval_client.audit import KINDS, Audit
+from retrieval_client.audit import KINDS, ROTTEN, Audit, Found
 from retrieval_client.push import Push
+from retrieval_client.records import stored_from_row
 from retrieval_client.rows import candidate_from_row
 from retrieval_client.sources import SourceRow
 from tests.conftest import product_row
@@ -79,11 +80,39 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     if collection.milvus.lite:  # a server refuses it
         damage(collection, "p6", vector=np.full(DIM, np.nan, np.float32))
         wanted["p6"] = "not_finite"
-    (found,) = Audit(catalog).run(source(20)).found
+    else:  # which keeps two rows of one id, and shows one
+        second = stored_from_row(stored_row(source(20)[10]))
+        collection.milvus.client.insert(collection.name, [second])
+        wanted["p10"] = "duplicate"
+    report = Audit(catalog).run(source(20))
+    (found,) = report.found
     named = {product_id: kind for kind, ids in found.examples.items() for product_id in ids}
     assert named == wanted
     assert found.stored == 20
     assert sum(found.counts.values()) == len(wanted)
+    report.found.insert(0, Found("cleared away meanwhile", "f" * 16, rotten=["p11"]))
+    Audit(catalog).mend(report)
+    rotten = {i for i, kind in wanted.items() if kind in ROTTEN}
+    there = {f"p{i}" for i in range(2, 20)} | {"p0", "p99"}
+    assert {row["id"] for row in collection.query('id != ""', [])} == there - rotten
+    assert collection.count() == len(there - rotten)
+
+
+def test_what_a_server_refuses_is_not_missing(
+    filled: tuple[Catalog, Collection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether nothing is stored under its id, or an older row; and it is asked about few others."""
+    catalog, collection = filled
+    stand_ins: Any = StandIns(RELEASE, vector_dim=DIM)
+    bad = [SourceRow("p3", BAD.encode()), SourceRow("p50", BAD.encode())]
+    rows = [*source(3), *bad, *source(20)[4:]]
+    report = Audit(catalog).run(rows, stand_ins)
+    assert (report.refused, report.clean, stand_ins.asked) == (2, True, 2)
+    monkeypatch.setattr("retrieval_client.audit.TAKEN", 1)
+    collection.upsert([stored_row(source(20)[3], "feedfacefeedface")])
+    found = Audit(catalog).run([*rows, *source(120)[51:]], stand_ins).found[0]
+    assert (found.counts["missing"], found.examples["other_release"]) == (69, ["p3"])
+    assert stand_ins.asked == 2 + 32
 
 
 ODD: dict[str, Any] = {
@@ -119,9 +148,15 @@ def test_rows_that_cannot_be_stored_are_neither_missing_nor_surplus(
 
 
 def test_a_repair_makes_it_what_the_source_says(settings: Settings, tmp_path: Path, capsys) -> None:
-    """With the real encoder, through the command; what was right is not written again."""
+    """With the real encoder, through the command; what was right is not written again.
+
+    The photos of p4, which was stored without one, and of p40 cannot be read.
+    """
     rows = source(40)
-    lines = [json.dumps({"id": row.id, "title": row.title.decode()}) for row in rows]
+    said = [{"id": row.id, "title": row.title.decode(), "image": ""} for row in source(41)]
+    said[4]["image"] = said[40]["image"] = "broken.jpg"
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    lines = map(json.dumps, said)
     (tmp_path / "source.jsonl").write_text("\n".join(lines))
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
         Push(settings, encoders, catalog).run([*rows, SourceRow("gone", b"a mug")])
@@ -131,11 +166,11 @@ def test_a_repair_makes_it_what_the_source_says(settings: Settings, tmp_path: Pa
         other = stored_row(rows[2], collection.info.release_id)
         collection.upsert([dataclasses.replace(other, vector=wrong.vectors[0])])
         damage(collection, "p3", title="a mug")
-        command = ("audit", tmp_path / "source.jsonl", "--sample", "40", "--json")
+        command = ("audit", tmp_path / "source.jsonl", "--sample", "41", "--json")
         code, said, _ = retrieval(capsys, settings, *command)
         (found,) = json.loads(said)["collections"]
         wanted = {"missing": 1, "surplus": 1, "damaged": 1, "differs": 1}
-        assert (code, found["sampled"]) == (3, 39)
+        assert (code, found["sampled"], json.loads(said)["refused"]) == (3, 38, 2)
         assert {kind: count for kind, count in found["counts"].items() if count} == wanted
         code, said, _ = retrieval(capsys, settings, *command, "--repair")
         (before,), (after,) = json.loads(said)["before"], json.loads(said)["collections"]

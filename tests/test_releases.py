@@ -158,9 +158,11 @@ def test_a_good_candidate_passes_and_may_be_promoted(
         ours.promote()
     judged = Asked(list(WORDS), [{f"p{i}": 1 for i in range(n, 60, 5)} for n in range(5)])
     probes = Probes.load(served["other"].folder)
-    wanted = Wanted(source=source(), probes=probes, asked=judged, ndcg_loss=1.0)
+    unread = SourceRow("p60", b"a hat", b"no picture")
+    wanted = Wanted(source=[*source(), unread], probes=probes, asked=judged, ndcg_loss=1.0)
     found = verify(ours, wanted, tmp_path)
     assert found.passed, found.checks
+    assert "all are; 1 are refused by its server" in {check.got for check in found.checks}
     assert [check.name for check in found.checks] == [
         "vectors",
         "release of rows",

@@ -2,13 +2,14 @@
 
 A pass over every stored row. The hashes tell what a row was made from; a checksum tells whether it
 is still what was written, since a damaged file gives others without a word. A sample is encoded
-again.
+again. Rows that are not stored as the source says are encoded, too: what a server refuses only it
+knows, and no collection can hold.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import Collection
+from retrieval_client.collection import Collection, CollectionInfo
+from retrieval_client.feed import LOOK_UP_ROWS
 from retrieval_client.fleet import Encoders
+from retrieval_client.flow import REQUEST_ROWS
 from retrieval_client.records import (
     CHECKED,
     CONTENT_HASH,
@@ -25,9 +28,10 @@ from retrieval_client.records import (
     NORM_TOLERANCE,
     ROW_HASH,
     VECTOR,
+    id_filter,
     is_as_written,
 )
-from retrieval_client.rows import Candidate, candidate_from_row, is_good_id
+from retrieval_client.rows import Candidate, batched, candidate_from_row, is_good_id
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import ItemError
 from retrieval_contract.tensors import Array
@@ -35,6 +39,9 @@ from retrieval_contract.tensors import Array
 EXAMPLES = 20
 LOWEST_COSINE = 0.999
 """Between a stored vector and the same product encoded again: batches differ in the last bits."""
+TAKEN = 128
+"""Rows that a server takes although they are not stored: after so many it is asked about no more,
+for the collection is not what the source says, whatever the others are."""
 KINDS = {
     "missing": "in the source, not stored",
     "surplus": "stored, not in the source",
@@ -105,27 +112,37 @@ class Audit:
         sample: int = 0,
         progress: Callable[[int], None] = lambda rows: None,
     ) -> AuditReport:
-        """Reads the source once and each collection once.
+        """Reads each collection once and the source once.
 
-        With `encoders`, `sample` products, chosen at random, are encoded again.
+        With `encoders`, `sample` products, chosen at random, are encoded again, and what a server
+        refuses is not missing; without them it is.
         """
         report, chosen = AuditReport(), Reservoir(sample if encoders else 0)
+        live = list(self.catalog.live().values())
         with Book() as book:
-            for candidate in self._said(rows, report, book):
-                chosen.offer(candidate)
+            report.found = [self._look(collection, book) for collection in live]
+            refusals = [Refusals(c.info, encoders, book) for c in live] if encoders else []
+            for candidates in batched(self._said(rows, report, book), LOOK_UP_ROWS):
+                for candidate in candidates:
+                    chosen.offer(candidate)
+                report.refused += len({i for each in refusals for i in each.among(candidates)})
                 progress(report.read)
-            for collection in self.catalog.live().values():
-                found = self._compare(collection, book)
+            for collection, found in zip(live, report.found, strict=True):
+                for product_id, kind in book.wrong(found.release_id):
+                    found.say(kind, product_id)
+                for product_id in book.surplus(found.release_id):
+                    found.say("surplus", product_id)
                 if encoders:
                     encode_again(collection, encoders, chosen.items, found)
-                report.found.append(found)
         return report
 
     def mend(self, report: AuditReport) -> None:
         """Delete what is rotten; a push with `sync` does the rest."""
-        for found, collection in zip(report.found, self.catalog.live().values(), strict=True):
-            for start in range(0, len(found.rotten), 512):
-                collection.delete(found.rotten[start : start + 512])
+        live = {collection.name: collection for collection in self.catalog.live().values()}
+        for found in report.found:
+            if collection := live.get(found.collection):  # else it was cleared away meanwhile
+                for start in range(0, len(found.rotten), LOOK_UP_ROWS):
+                    collection.delete(found.rotten[start : start + LOOK_UP_ROWS])
 
     def _said(
         self, rows: Iterable[SourceRow], report: AuditReport, book: Book
@@ -144,10 +161,10 @@ class Audit:
             else:
                 report.refused += 1
 
-    def _compare(self, collection: Collection, book: Book) -> Found:
+    def _look(self, collection: Collection, book: Book) -> Found:
+        """Into the book: what it holds; found is what is wrong with that by itself."""
         info = collection.info
         found = Found(info.name, info.release_id)
-        book.empty(info.release_id)
         for step in collection.every([CONTENT_HASH.name, ROW_HASH.name, *CHECKED]):
             found.stored += len(step)
             for row in step:
@@ -156,14 +173,64 @@ class Audit:
                 hashes = (row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name])
                 book.hold(info.release_id, [hashes])
             look_inside(step, found)
-        # A pass may show one row of an id where a count sees two.
-        hidden = collection.count() - found.stored
-        found.counts["duplicate"] += max(hidden, 0)
-        for product_id, kind in book.wrong(info.release_id):
-            found.say(kind, product_id)
-        for product_id in book.surplus(info.release_id):
-            found.say("surplus", product_id)
+        if collection.count() > found.stored:
+            for product_id in doubled(collection):
+                found.say("duplicate", product_id)
         return found
+
+
+class Refusals:
+    """Rows that a collection lacks because the server of its release refuses them.
+
+    Until TAKEN were none of these.
+    """
+
+    def __init__(self, info: CollectionInfo, encoders: Encoders, book: Book) -> None:
+        """`book`: where all that the collection holds stands already."""
+        self._info, self._encoders, self._book = info, encoders, book
+        self._taken = 0
+
+    def among(self, candidates: Sequence[Candidate]) -> list[str]:
+        """The ids of those among rows that the source says; the book no longer misses them."""
+        refused: list[str] = []
+        for some in batched(filter(self._is_unlike, candidates), REQUEST_ROWS):
+            if self._taken >= TAKEN:
+                break
+            encoder = self._encoders.for_collection(self._info)
+            encoded = encoder.encode_products([c.title for c in some], [c.image for c in some])
+            bad = [c.id for c, error in zip(some, encoded.errors, strict=True) if error]
+            for product_id in bad:
+                self._book.take_back(self._info.release_id, product_id)
+            self._taken += len(some) - len(bad)
+            refused += bad
+        return refused
+
+    def _is_unlike(self, candidate: Candidate) -> bool:
+        """Whether a push would encode it, and what is stored might stay if that is refused."""
+        release_id = self._info.release_id
+        stored = self._book.stored(release_id, candidate.id)
+        if stored is None:
+            return True
+        of_ours = stored.content_hash.startswith(f"{release_id}:")
+        return of_ours and stored.content_hash != candidate.content_hash(release_id)
+
+
+def doubled(collection: Collection) -> list[str]:
+    """Ids that are stored more than once: a pass shows one row of each where a count sees all."""
+    found: list[str] = []
+    for step in collection.every([]):
+        ids = [row[ID.name] for row in step]
+        todo = [ids[at : at + LOOK_UP_ROWS] for at in range(0, len(ids), LOOK_UP_ROWS)]
+        while todo:
+            some = todo.pop()
+            if collection.count(id_filter(some)) <= len(some):
+                continue
+            if len(some) == 1:
+                found += some
+            else:
+                middle = len(some) // 2
+                todo += [some[:middle], some[middle:]]
+    return found
 
 
 class Reservoir:

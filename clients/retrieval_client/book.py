@@ -25,6 +25,7 @@ CREATE TABLE source (id TEXT PRIMARY KEY, content TEXT, row_hash TEXT) WITHOUT R
 CREATE TABLE stored (
     release TEXT, id TEXT, content_hash TEXT, row_hash TEXT, PRIMARY KEY (release, id)
 ) WITHOUT ROWID;
+CREATE TABLE refused (release TEXT, id TEXT, PRIMARY KEY (release, id)) WITHOUT ROWID;
 """
 REFUSED = ""
 """In place of the hashes of a row that the source has, but not in a state that can be stored."""
@@ -90,12 +91,16 @@ class Book:
             "INSERT OR IGNORE INTO source VALUES (?, ?, ?)", (product_id, REFUSED, REFUSED)
         )
 
-    def take_back(self, product_id: str) -> None:
-        """As `refuse`, of a row that was said before."""
-        self._db.execute(
-            "UPDATE source SET content = ?, row_hash = ? WHERE id = ?",
-            (REFUSED, REFUSED, product_id),
-        )
+    def take_back(self, release_id: str, product_id: str) -> None:
+        """As `refuse`, of a row that was said before, and that the server of a release refuses."""
+        self._db.execute("INSERT OR IGNORE INTO refused VALUES (?, ?)", (release_id, product_id))
+
+    def refused(self, release_id: str) -> int:
+        """Rows that the server of a release is known to refuse."""
+        (count,) = self._db.execute(
+            "SELECT count(*) FROM refused WHERE release = ?", (release_id,)
+        ).fetchone()
+        return int(count)
 
     def ids(self) -> Iterator[str]:
         """Every id of the source."""
@@ -153,6 +158,7 @@ class Book:
                     stored.id IS NULL
                     OR stored.content_hash <> ?1 || ':' || source.content
                     OR stored.row_hash <> source.row_hash)
+                    AND NOT EXISTS (SELECT 1 FROM refused WHERE release = ?1 AND id = source.id)
                 """,
                 (release_id, REFUSED),
             )

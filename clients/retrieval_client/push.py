@@ -239,7 +239,7 @@ class Push:
         feed = answer.feed
         for i, row in enumerate(answer.rows):
             if (error := answer.encoded.errors[i]) is not None:
-                self._book.take_back(row.id)
+                self._book.take_back(feed.release_id, row.id)
                 self._reject(row.id, error)
                 continue
             feed.fed.encoded += 1

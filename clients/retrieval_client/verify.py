@@ -8,21 +8,22 @@ searches a query.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from retrieval_client.audit import Found, Reservoir, encode_again, look_inside
+from retrieval_client.audit import Found, Refusals, Reservoir, encode_again, look_inside
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.changes import Answers, Change, answers_of, changes_between, write_report
+from retrieval_client.feed import LOOK_UP_ROWS
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked, ndcg
 from retrieval_client.recalls import Exact
 from retrieval_client.records import BUCKET, CHECKED, CONTENT_HASH, ID, ROW_HASH, TITLE
-from retrieval_client.rows import candidate_from_row, is_good_id
+from retrieval_client.rows import Candidate, batched, candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
 from retrieval_client.verdict import Digest, State, Verdict
@@ -122,11 +123,10 @@ class Verify:
         theirs = answers_of(self.serving, self.encoders, texts, DEPTH, self.patience_s)
         exact, digest = Exact(ours.vectors[:QUERIES], DEPTH), Digest()
         with Book() as book:
-            sample = self._read_source(wanted, book)
             looked = self._look(book, exact, digest, found)
             self._against_serving(book, found)
             if wanted.source is not None:
-                self._against_source(book, sample, looked, found)
+                self._against_source(wanted, book, looked, found)
         recall = float(exact.recall(ours.hits[:QUERIES], DEPTH).mean())
         found.say("recall", f"at least {LOWEST_RECALL}", f"{recall:.4f}", recall >= LOWEST_RECALL)
         self._probe(wanted.probes, found)
@@ -147,9 +147,8 @@ class Verify:
         words = (" ".join(row[TITLE.name].split()[:QUERY_WORDS]) for row in some)
         return list(dict.fromkeys(filter(None, words)))
 
-    def _read_source(self, wanted: Wanted, book: Book) -> Reservoir:
-        """Into the book; returns products to encode again."""
-        sample = Reservoir(SAMPLE)
+    def _said(self, wanted: Wanted, book: Book) -> Iterator[Candidate]:
+        """What the source says, into the book as well."""
         for row in wanted.source or ():
             try:
                 product = candidate_from_row(row, wanted.thumbnails)
@@ -158,8 +157,7 @@ class Verify:
                     book.refuse(row.id)
                 continue
             if book.say(product):
-                sample.offer(product)
-        return sample
+                yield product
 
     def _look(self, book: Book, exact: Exact, digest: Digest, found: Verification) -> Found:
         """The one pass over the candidate, vectors and all."""
@@ -192,11 +190,18 @@ class Verify:
         found.say("row by row", "made from the same source rows", got or "all are", not apart)
 
     def _against_source(
-        self, book: Book, sample: Reservoir, looked: Found, found: Verification
+        self, wanted: Wanted, book: Book, looked: Found, found: Verification
     ) -> None:
-        wrong = book.differences(self.candidate.info.release_id)
+        info, sample = self.candidate.info, Reservoir(SAMPLE)
+        refusals = Refusals(info, self.encoders, book)
+        for products in batched(self._said(wanted, book), LOOK_UP_ROWS):
+            refusals.among(products)
+            for product in products:
+                sample.offer(product)
+        wrong, refused = book.differences(info.release_id), book.refused(info.release_id)
         got = ", ".join(f"{count} {kind}" for kind, count in asdict(wrong).items() if count)
-        found.say("source", "every row as it says", got or "all are", not wrong.total)
+        got = (got or "all are") + (f"; {refused} are refused by its server" if refused else "")
+        found.say("source", "every row as it says", got, not wrong.total)
         encode_again(self.candidate, self.encoders, sample.items, looked)
         differs = looked.counts["differs"]
         got = f"{differs} of {looked.sampled} give another vector"
