@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -187,6 +188,70 @@ def test_a_leader_that_is_interrupted_leaves_the_others_served() -> None:
         assert second.result() == [2]
         with pytest.raises(KeyboardInterrupt):
             first.result()
+
+
+def interrupted_soon() -> threading.Timer:
+    """As by Ctrl-C: a signal, which ends a wait of the main thread."""
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_who_is_interrupted_while_waiting_is_not_waited_for() -> None:
+    send = Doubler(0.3)
+    merged = Coalescer(send, most=16)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.05)
+        timer = interrupted_soon()
+        second = pool.submit(lambda: time.sleep(0.05) or ask(merged, [3], 2.0))
+        with pytest.raises(KeyboardInterrupt):
+            ask(merged, [2])
+        timer.join()
+        assert (first.result(), second.result()) == ([2], [6])
+    assert send.sent == [[1], [3]]
+    assert (ask(merged, [4]), merged._ahead, merged._under_way) == ([8], 0, 0)
+
+
+def test_who_is_interrupted_while_gathering_leaves_the_lead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coalesce, "GATHER_STEP_S", 1.0)
+    monkeypatch.setattr(coalesce, "GATHER_S", 1.0)
+    merged = Coalescer(Doubler(), most=16)
+    merged._shared, merged._all = True, 16  # as after a request of many
+    timer = interrupted_soon()
+    with pytest.raises(KeyboardInterrupt):
+        ask(merged, [1])
+    timer.join()
+    assert (ask(merged, [2], 2.0), merged._ahead, merged._under_way) == ([4], 0, 0)
+
+
+def test_who_is_interrupted_with_others_in_hand_hands_them_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send = Doubler(0.3)
+    merged = Coalescer(send, most=16)
+    take = merged._take
+
+    def interrupted(batch: list[object]) -> None:
+        take(batch)  # type: ignore[arg-type]
+        if len(batch) > 1:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged, "_take", interrupted)
+    with ThreadPoolExecutor(3) as pool:
+        calls = []
+        for number in (1, 2, 3):
+            calls.append(pool.submit(ask, merged, [number], 2.0))
+            time.sleep(0.05)
+        assert (calls[0].result(), calls[2].result()) == ([2], [6])
+        with pytest.raises(KeyboardInterrupt):
+            calls[1].result()
+    assert (merged._ahead, merged._under_way) == (0, 0)
 
 
 def test_half_a_request_of_callers_need_not_wait_for_the_first() -> None:

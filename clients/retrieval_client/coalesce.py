@@ -52,6 +52,8 @@ class _Call(Generic[Item, Results]):
     """Whether a request was given up, for somebody else's deadline, before it answered this."""
     turn: threading.Lock = field(default_factory=taken)
     """Released when there is something to do: to lead, or to take what came."""
+    batch: list[_Call[Item, Results]] = field(default_factory=list)
+    """Those whom it leads."""
 
     @property
     def done(self) -> bool:
@@ -93,21 +95,44 @@ class Coalescer(Generic[Item, Results]):
         half as much.
         """
         call: _Call[Item, Results] = _Call(items, deadline)
-        with self._lock:
-            self._refuse_beyond(deadline)
-            self._waiting.append(call)
-            self._ahead += len(items)
-            self._appoint()
-            while self._gathering and self._enough():
-                self._gathering.pop().turn.release()
-        while not call.done:
-            if not call.turn.acquire(timeout=deadline.left_s):
-                self._give_up(call)
-            if call.leads:
-                self._lead(call)
+        try:
+            self._join(call)
+            while not call.done:
+                if not call.turn.acquire(timeout=deadline.left_s):
+                    self._give_up(call)
+                if call.leads:
+                    self._lead(call)
+        except BaseException as exc:  # an interrupt is this thread's own: the others go on
+            call.error = RetrievalError(f"interrupted: {exc!r}")
+            self._leave(call)
+            raise
         if call.results is None:
             raise call.error or RetrievalError("neither answered nor failed")
         return call.results
+
+    def _join(self, call: _Call[Item, Results]) -> None:
+        with self._lock:
+            self._refuse_beyond(call.deadline)
+            self._waiting.append(call)
+            self._ahead += len(call.items)
+            self._appoint()
+            while self._gathering and self._enough():
+                self._gathering.pop().turn.release()
+
+    def _leave(self, call: _Call[Item, Results]) -> None:
+        """Wherever it is; somebody else leads whom it would have led."""
+        with self._lock:
+            self._drop(call)
+            if call in self._gathering:
+                self._gathering.remove(call)
+        if call.leads:
+            self._hand_on(call)
+
+    def _drop(self, call: _Call[Item, Results]) -> None:
+        """Out of the queue, if it waits there; under the lock."""
+        if call in self._waiting:
+            self._waiting.remove(call)
+            self._ahead -= len(call.items)
 
     def _refuse_beyond(self, deadline: Deadline) -> None:
         wait = self._ahead * self._pace.seconds_per_row
@@ -130,9 +155,7 @@ class Coalescer(Generic[Item, Results]):
         with self._lock:
             if call.leads or call.done:
                 return
-            if call in self._waiting:
-                self._waiting.remove(call)
-                self._ahead -= len(call.items)
+            self._drop(call)
             call.error = _too_late(call)
 
     def _lead(self, mine: _Call[Item, Results]) -> None:
@@ -140,7 +163,7 @@ class Coalescer(Generic[Item, Results]):
         if self._shared:
             self._gather(mine)
         with self._lock:
-            batch = self._take()
+            self._take(batch := mine.batch)
             self._shared = len(batch) > 1
         items = [item for call in batch for item in call.items]
         began, start = time.monotonic(), 0
@@ -153,11 +176,7 @@ class Coalescer(Generic[Item, Results]):
                 start += len(call.items)
         except RetrievalError as exc:
             self._fail(batch, exc, out_of_time=isinstance(exc, DeadlineExceeded) or first.passed)
-        except BaseException as exc:  # an interrupt is this thread's own: the others go on
-            mine.error = RetrievalError(f"interrupted: {exc!r}")
-            raise
-        finally:
-            self._hand_on(batch, mine)
+        self._hand_on(mine)
 
     def _fail(
         self, batch: list[_Call[Item, Results]], exc: RetrievalError, out_of_time: bool
@@ -199,8 +218,8 @@ class Coalescer(Generic[Item, Results]):
     def _enough(self) -> bool:
         return len(self._waiting) >= min(self._most, self._all)
 
-    def _take(self) -> list[_Call[Item, Results]]:
-        batch: list[_Call[Item, Results]] = []
+    def _take(self, batch: list[_Call[Item, Results]]) -> None:
+        """Those who travel together now; under the lock."""
         count, now = 0, time.monotonic()
         shortest, wanted = float("inf"), 0.0
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
@@ -212,10 +231,10 @@ class Coalescer(Generic[Item, Results]):
                 break  # somebody would be cut short again
             batch.append(self._waiting.popleft())
             count += len(batch[-1].items)
-        return batch
 
-    def _hand_on(self, batch: list[_Call[Item, Results]], mine: _Call[Item, Results]) -> None:
+    def _hand_on(self, mine: _Call[Item, Results]) -> None:
         with self._lock:
+            batch, mine.batch = mine.batch, []
             self._under_way -= 1
             mine.leads = False
             for call in reversed(batch):
