@@ -40,7 +40,9 @@ class LastWords:
                 self._raw.append(line)
                 if self._tells(line):
                     self._telling.append(line)
-                with contextlib.suppress(ValueError):  # the log was closed first: drop the rest
+                # The log was closed first, or takes no more: whoever stopped reading here would
+                # close Triton's pipe, and end it.
+                with contextlib.suppress(ValueError, OSError):
                     print(line, end="", file=log, flush=True)
 
     def read(self) -> str:

@@ -9,6 +9,7 @@ times and no more.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -241,8 +242,9 @@ class Supervisor(threading.Thread):
 
 
 def say(line: str) -> None:
-    """To our log, beside the server's."""
-    print(f"supervisor: {line}", file=sys.stderr, flush=True)
+    """To our log, beside the server's; a log that takes no more costs the line alone."""
+    with contextlib.suppress(OSError):
+        print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
 class _Lost(Exception):

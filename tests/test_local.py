@@ -23,6 +23,7 @@ import pytest
 from deploy import stopping
 from deploy.logs import LastWords
 from deploy.server import LOOPBACK, choose_ports, triton
+from deploy.supervisor import say
 from deploy.wheel import SERVER_PYTHON, find_wheel
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import DeployError, ServerUnavailable
@@ -147,6 +148,20 @@ def test_last_words_are_the_telling_lines_else_the_last(lines: list[str], kept: 
     said = LastWords(process, log).read().splitlines()
     assert [line[: len(start)] for line, start in zip(said, kept, strict=True)] == kept
     assert log.getvalue().splitlines() == lines
+
+
+def test_a_log_that_takes_no_more_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more lines than a pipe holds: whoever stops reading ends who writes."""
+    code = "for n in range(20_000): print('a line of the log', n)"
+    full = Path("/dev/full").open("w")  # noqa: SIM115 (closing it raises as well)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    words = LastWords(process, full)
+    assert process.wait(60) == 0
+    assert words.read().endswith("log 19999\n")
+    monkeypatch.setattr(sys, "stderr", full)
+    say("cannot be written")
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 # ── the command, as a user starts and stops it ───────────────────────────────────────────
