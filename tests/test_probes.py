@@ -68,6 +68,15 @@ def test_another_release_is_told_apart(served: Server, tiny_release: Path, other
             encoder.probe(lied)
 
 
+@pytest.mark.parametrize("norm", [0.99, 2.0, float("nan")])
+def test_right_directions_of_another_length_are_told_apart(tiny_release: Path, norm: float) -> None:
+    """As of a graph that lost its last step."""
+    probes = Probes.load(tiny_release)
+    assert probes.check(probes.query_vectors, probes.product_vectors) > 1 - 1e-5
+    with pytest.raises(ReleaseMismatch, match=r"expected the product vector .* norm"):
+        probes.check(probes.query_vectors, norm * probes.product_vectors)
+
+
 def test_a_server_with_other_weights_under_the_same_name_is_not_ready(
     tiny_release: Path, other: Path, tmp_path: Path
 ) -> None:
