@@ -210,6 +210,9 @@ def test_intervals_are_paired() -> None:
     hard = rng.uniform(0.1, 0.9, 200)
     ratio = ratio_interval(hard * 1.05, hard)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.05, 1.05, 1.05))
+    seeds = np.stack([hard * 1.05, hard * 1.10])
+    ratio = ratio_interval(seeds, np.stack([hard, hard]))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.075, 1.05, 1.10)), "of seeds"
     alone = mean_interval(hard)
     assert alone.low < alone.value < alone.high
     assert alone.high - alone.low == pytest.approx(4 * hard.std() / 200**0.5, rel=0.15)

@@ -33,7 +33,8 @@ console = Console(stderr=True)
 
 @torch.inference_mode()
 def times_of(models: dict[int, Make], texts: list[str]) -> dict[int, float]:
-    """Layers → median seconds of encoding all texts in one batch."""
+    """Layers → median seconds of encoding all texts in one batch, on one thread."""
+    torch.set_num_threads(1)
     side = next(iter(models.values())).spec.query
     batch = TextPreprocessor(side.tokenizer_json, side.spec, required=True)(
         [text.encode() for text in texts]
