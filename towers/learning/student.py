@@ -76,7 +76,8 @@ class Teaching:
     def __init__(
         self, student: Make, texts: Sequence[str], taught: Tensor, products: Tensor, lesson: Lesson
     ) -> None:
-        self.student, self.texts, self.taught = student, texts, taught
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.student, self.texts, self.taught = student.to(self.device), texts, taught
         self.products, self.lesson = products, lesson
         side = student.spec.query
         self.preprocess = TextPreprocessor(side.tokenizer_json, side.spec, required=False)
@@ -99,7 +100,7 @@ class Teaching:
         """Teach to the end; kept and taken up as with Trainer.run, but by steps."""
         path = self._path(folder) if folder else None
         if path and path.is_file():
-            self._take_up(torch.load(path, weights_only=True))
+            self._take_up(torch.load(path, weights_only=True, map_location=self.device))
         for number, rows in enumerate(self._batches()):
             if number < self.step:
                 continue
@@ -108,7 +109,7 @@ class Teaching:
             if path and (self.step % KEPT_EVERY == 0 or self.step == self.total):
                 keep(path, self._state())
             told(self.step, loss)
-        return self.student.eval()
+        return self.student.cpu().eval()
 
     def _path(self, folder: Path) -> Path:
         digest = hashlib.sha256(json.dumps([asdict(self.lesson), list(self.texts)]).encode())
@@ -129,14 +130,15 @@ class Teaching:
 
     def _learn(self, rows: list[int], chance: torch.Generator) -> float:
         batch = self.preprocess([self.texts[row].encode() for row in rows])
-        ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids, mask = (torch.from_numpy(x).to(self.device) for x in (batch.ids, batch.mask))
+        with torch.autocast(self.device.type, torch.bfloat16):
             features = self.student.query_text(ids, mask)
         vectors = unit(self.student.heads.query(features.float()))
-        taught = self.taught[rows]
+        taught = self.taught[rows].to(self.device)
         some = torch.randint(len(self.products), (PRODUCTS,), generator=chance)
-        scores = self.lesson.scale * vectors @ self.products[some].T
-        wanted = self.lesson.scale * taught @ self.products[some].T
+        products = self.products[some].to(self.device)
+        scores = self.lesson.scale * vectors @ products.T
+        wanted = self.lesson.scale * taught @ products.T
         loss = (1 - (vectors * taught).sum(1)).mean() + F.kl_div(
             scores.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
         )
