@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from benchmarks.stand_in import BAD
+from benchmarks.stand_in import BAD, StandIn
 from retrieval_client import Collection, Settings
 from retrieval_client.book import Differences
+from retrieval_client.collection import CollectionInfo
 from retrieval_client.feed import Plan
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import (
     CatalogError,
     ItemError,
     Reason,
+    ReleaseMismatch,
     ServerUnavailable,
     TooMuchToDelete,
 )
@@ -222,6 +224,23 @@ def test_what_waits_is_written_although_the_batch_is_not_full(
 def test_a_server_that_is_away_for_a_moment_is_waited_for(shop: Shop) -> None:
     shop.encoders.by_release[RELEASE].failures = [ServerUnavailable("away")] * 3
     assert shop.push([row(at) for at in range(40)]).stored == 40
+
+
+def test_a_server_that_comes_to_another_address_is_waited_for(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its own came back with another release."""
+    shop.encoders.by_release[RELEASE].failures = [ReleaseMismatch("another")]
+    found, away = shop.encoders.for_collection, [None, ServerUnavailable("starts"), None]
+
+    def for_collection(info: CollectionInfo) -> StandIn:
+        if error := away.pop(0):
+            raise error
+        return found(info)
+
+    monkeypatch.setattr(shop.encoders, "for_collection", for_collection)
+    monkeypatch.setattr(shop.encoders, "forget", lambda: None, raising=False)
+    assert (shop.push([row(at) for at in range(4)]).stored, away) == (4, [])
 
 
 @pytest.fixture

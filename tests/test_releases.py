@@ -20,16 +20,22 @@ from deploy.server import triton as start_triton
 from retrieval_client import Catalog, Encoders, ProductSearch, Settings
 from retrieval_client.catalog import Role
 from retrieval_client.feed import Plan
-from retrieval_client.judged import Asked, ndcg
+from retrieval_client.judged import Asked
 from retrieval_client.push import Push
 from retrieval_client.records import checksum_of
 from retrieval_client.releases import Releases, unfinished
 from retrieval_client.sources import SourceRow
 from retrieval_client.verdict import PROPERTY, Verdict
 from retrieval_client.verify import Verification, Verify, Wanted
-from retrieval_contract.errors import CatalogError, NotVerified, ReleaseMismatch, SourceError
+from retrieval_contract.errors import (
+    CatalogError,
+    NotVerified,
+    ReleaseMismatch,
+    ServerUnavailable,
+)
 from retrieval_contract.probes import Probes
 from tests.conftest import ROOT, photo
+from tests.test_replicas import Way
 from tests.tiny import tiny_release
 
 PRODUCTS = 60
@@ -135,6 +141,25 @@ def test_a_build_can_be_repeated_and_pushes_reach_both(
         assert collection.of_ids(["p7"], ["title"])["p7"]["title"] == "Brand 7 a yellow hat"
 
 
+def test_a_push_waits_for_the_one_of_two_servers_that_starts_again(
+    ours: Releases, served: dict[str, Served]
+) -> None:
+    """Which has not yet said to this client what it serves."""
+    port = choose_ports(LOOPBACK).grpc
+    both = f"{served['other'].address},{LOOPBACK}:{port}"
+    ways: list[Way] = []
+    timer = threading.Timer(0.5, lambda: ways.append(Way(served["old"].address, port)))
+    with Encoders(ours.settings.override(triton=both)) as encoders:
+        with pytest.raises(ServerUnavailable, match=rf"and no answer from .*:{port}; start"):
+            encoders.for_collection(ours.catalog.serving().info)
+        timer.start()
+        report = Push(ours.settings.override(retry_s=20.0), encoders, ours.catalog).run(
+            source(p7="Brand 7 a yellow hat")
+        )
+    ways[0].listener.close()
+    assert [fed.encoded for fed in report.fed.values()] == [1, 1]
+
+
 def test_a_build_that_cannot_be_meant_is_refused(ours: Releases, served: dict[str, Served]) -> None:
     with pytest.raises(ReleaseMismatch, match="promote it, or `retrieval release abort` it"):
         ours.prepare("feedfacefeedface")
@@ -232,26 +257,6 @@ def test_a_worse_ranking_is_found(ours: Releases) -> None:
     assert failed(found) == {"nDCG@10"}
     (check,) = (check for check in found.checks if check.name == "nDCG@10")
     assert check.expected.startswith("at least 1.0000"), check
-
-
-def test_ndcg_by_hand() -> None:
-    assert ndcg(["a", "x", "b"], {"a": 1, "b": 2}) == pytest.approx(
-        (1 + 3 / 2) / (3 + 1 / np.log2(3))
-    )
-    assert ndcg(["x"], {"a": 1}) == 0
-    assert ndcg(["a"], {}) == 0
-
-
-def test_judged_queries_are_read_or_refused(tmp_path: Path) -> None:
-    (tmp_path / "queries.csv").write_text("query_id,query\n1,red\n2,blue\n2,blue\n")
-    assert Asked.of_folder(tmp_path) == Asked(["red", "blue"])
-    (tmp_path / "qrels.csv").write_text("query_id,id,rel\n1,a,2\n1,b,0\n3,c,1\n")
-    assert Asked.of_folder(tmp_path) == Asked(["red"], [{"a": 2}])
-    (tmp_path / "qrels.csv").write_text("query_id,id\n1,a\n")
-    with pytest.raises(SourceError, match=r"qrels.csv: expected the columns .* got no rel"):
-        Asked.of_folder(tmp_path)
-    with pytest.raises(SourceError, match="expected a CSV file in UTF-8"):
-        Asked.read(tmp_path / "missing.csv")
 
 
 # ── killed between two steps ─────────────────────────────────────────────────────────────

@@ -96,10 +96,10 @@ def test_replicas_of_two_releases_are_a_mismatch(triton: Server, tiny_release: P
 class Way:
     """TCP to a server; what is frozen stays open and carries nothing any more."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, at_port: int = 0) -> None:
         host, _, port = address.rpartition(":")
         self.target = (host, int(port))
-        self.listener = socket.create_server((LOOPBACK, 0))
+        self.listener = socket.create_server((LOOPBACK, at_port))
         self.address = f"{LOOPBACK}:{self.listener.getsockname()[1]}"
         self.frozen: set[socket.socket] = set()
         self.open: list[socket.socket] = []

@@ -19,7 +19,12 @@ from retrieval_client.encoder import Encoder
 from retrieval_client.handshake import Served, describe
 from retrieval_client.replicas import Replicas
 from retrieval_client.settings import Settings
-from retrieval_contract.errors import ContractError, ReleaseMismatch, RetrievalError
+from retrieval_contract.errors import (
+    ContractError,
+    ReleaseMismatch,
+    RetrievalError,
+    ServerUnavailable,
+)
 
 SORTED_S = 5.0
 """How long an address that was silent when the others were sorted is left out."""
@@ -56,7 +61,9 @@ class Encoders:
         self._opened: dict[tuple[str, str], Encoder] = {}
         self._release: dict[str, str] = {}
         """What each address served when it last said so."""
-        self._sorted, self._silent = float("-inf"), False
+        self._sorted = float("-inf")
+        self._silent: list[str] = []
+        """The addresses that did not answer when all were sorted."""
         self._lock, self._sorting = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Encoders:
@@ -76,7 +83,8 @@ class Encoders:
     def of(self, release_id: str, deadline: Deadline | None = None) -> Encoder:
         """The encoder of a release.
 
-        Raises ReleaseMismatch when others are served, ServerUnavailable when nobody answers.
+        Raises ReleaseMismatch when others are served, ServerUnavailable when nobody answers, or
+        not the one who may serve it.
         """
         age_s = time.monotonic() - self._sorted
         found = self._by_release.get(release_id)
@@ -94,9 +102,11 @@ class Encoders:
         if not by_release or age_s > LATELY_S:
             by_release = self.sort(deadline)
         if release_id not in by_release:
-            raise ReleaseMismatch(
+            silent = f", and no answer from {', '.join(self._silent)}" if self._silent else ""
+            error = ServerUnavailable if silent else ReleaseMismatch
+            raise error(
                 f"Triton at {self.settings.triton}: expected release {release_id}, got "
-                f"{', '.join(sorted(by_release))}; start a server of that release as well"
+                f"{', '.join(sorted(by_release))}{silent}; start a server of that release as well"
             )
         return by_release[release_id]
 
@@ -152,7 +162,7 @@ class Encoders:
                 release: self._encoder(release, ",".join(several))
                 for release, several in addresses.items()
             }
-            self._silent = len(answers) < len(self.settings.replicas)
+            self._silent = [each for each in self.settings.replicas if each not in answers]
             self._by_release, self._sorted = by_release, time.monotonic()
         return by_release
 

@@ -227,7 +227,8 @@ class Push:
             encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
         except ReleaseMismatch:  # to an address that was silent came another release
             self.encoders.forget()
-            feed.encoder = self.encoders.for_collection(feed.collection.info)
+            ours = partial(self.encoders.for_collection, feed.collection.info)
+            feed.encoder = self._patiently(ours)
             encoded = self._flow.encode(feed.encoder, feed.release_id, rows)
         pictures = [
             b"" if error else feed.thumbnail(row)
