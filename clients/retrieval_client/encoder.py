@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from retrieval_client.deadline import Deadline
 from retrieval_client.handshake import Served, describe
 from retrieval_client.ledger import RequestTimes, Statistics, took_from_reply
 from retrieval_client.replicas import Patience, Replicas
-from retrieval_client.retry import Backoff, RetryBudget
+from retrieval_client.retry import Backoff, Beside, RetryBudget
 from retrieval_client.settings import Settings
 from retrieval_client.spelling import query_bytes, text_bytes
 from retrieval_client.tracing import traceparent
@@ -294,7 +294,26 @@ class Encoder:
         return arrays, times
 
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
-        """Ask any replica of the release that the request names, and again where that may help.
+        """The answer of any replica of the release that the request names."""
+        if request.model_name != models.PRODUCT_ENCODER.name:
+            return self._attempts(self._stub.ModelInfer, request, deadline, known)
+        with Beside(self._stub.ModelInfer, deadline) as beside:
+            try:
+                return self._attempts(beside, request, deadline, known)
+            except (DeadlineExceeded, ServerUnavailable):
+                if (slow := beside.slow) is None:
+                    raise
+            with triton_errors(self.address, request.model_name):
+                return beside.wait(slow, deadline)
+
+    def _attempts(
+        self,
+        ask: Callable[..., Any],
+        request: pb.ModelInferRequest,
+        deadline: Deadline,
+        known: Served,
+    ) -> Any:
+        """Ask, and again where that may help.
 
         The first attempt gets half of the time: a process that dies takes what it was computing
         with it, and Triton says nothing.
@@ -308,7 +327,7 @@ class Encoder:
             request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
             try:
                 with triton_errors(self.address, request.model_name):
-                    return self._stub.ModelInfer(request, timeout=attempt.left_s, metadata=trace)
+                    return ask(request, timeout=attempt.left_s, metadata=trace)
             except DeadlineExceeded:
                 if deadline.passed or not self._budget.spend():
                     raise

@@ -1,4 +1,4 @@
-"""When to ask a full or silent server again: later, at random, and seldom.
+"""When, and how, to ask a full or silent server again: later, at random, and seldom.
 
 A full server is not helped by callers who ask twice. So every call earns a part of a further
 attempt, and once these are spent, refusals go straight to the caller (a retry budget, as in chapter
@@ -10,8 +10,13 @@ from __future__ import annotations
 import random
 import threading
 import time
+from types import TracebackType
+from typing import Any
+
+import grpc
 
 from retrieval_client.deadline import Deadline
+from retrieval_contract.errors import DeadlineExceeded
 
 EARNED, MOST = 0.1, 10.0
 """Further attempts that one call earns; so many can be saved up."""
@@ -54,3 +59,52 @@ class Backoff:
         time.sleep(pause)
         self._bound_s = min(2 * self._bound_s, LONGEST_PAUSE_S)
         return True
+
+
+class Beside:
+    """Attempts at one answer, of which an unanswered one goes on beside the next.
+
+    What takes long may be lost or just slow, and nobody says which. So the first good answer is
+    taken, to whichever attempt it is. Dearer than a plain call by a thread's wake-ups (0.15 ms).
+    """
+
+    def __init__(self, send: Any, deadline: Deadline) -> None:
+        """`send`: a method of a gRPC stub, for one request and one reply."""
+        self._send, self._deadline = send, deadline
+        self._calls: list[Any] = []
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for call in self._calls:
+            call.cancel()
+
+    def __call__(self, request: Any, *, timeout: float, metadata: Any) -> Any:
+        """As `send`, and raises what it raises; but DeadlineExceeded gives nothing up."""
+        call = self._send.future(request, timeout=self._deadline.left_s, metadata=metadata)
+        self._calls.append(call)
+        call.add_done_callback(lambda ended: self._ended.set())
+        return self.wait(call, Deadline(timeout))
+
+    @property
+    def slow(self) -> Any:
+        """An attempt that is not answered yet; None where there is none."""
+        return next((call for call in self._calls if not call.done()), None)
+
+    def wait(self, latest: Any, patience: Deadline) -> Any:
+        """The first good answer there is; raises what became of the latest attempt."""
+        while True:
+            self._ended.clear()
+            for call in self._calls:
+                if call.done() and call.code() is grpc.StatusCode.OK:
+                    return call.result()
+            if latest.done():
+                return latest.result()
+            if not self._ended.wait(patience.left_s):
+                raise DeadlineExceeded(
+                    f"no answer within {patience.seconds:g} s; raise the deadline"
+                )

@@ -32,7 +32,7 @@ TRITON = {
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     # While draining or loading, Triton says that a model it has is unknown.
     grpc.StatusCode.NOT_FOUND: ServerUnavailable,
-    # We cancel nothing: a server that ends while it answers says so.
+    # We cancel nothing that we wait for: a server that ends while it answers says so.
     grpc.StatusCode.CANCELLED: ServerUnavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
