@@ -18,7 +18,9 @@ from pymilvus import DataType, MilvusClient
 
 from retrieval_client import Catalog, Collection, Settings
 from retrieval_client.capabilities import Feature
+from retrieval_client.catalog import Role
 from retrieval_client.collection import Ask
+from retrieval_client.index import KINDS, index_of
 from retrieval_client.records import check_id, id_filter
 from retrieval_contract import models
 from retrieval_contract.errors import (
@@ -210,6 +212,27 @@ def test_an_interrupted_creation_is_finished(store: Settings, index: bool) -> No
         stored.upsert([product_row("a", DIM)])
         assert stored.count() == 1, "and searches of a server see what a count has seen"
         assert stored.search(np.eye(1, DIM, dtype=np.float32))[0][0].id == "a"
+
+
+def test_a_collection_without_an_index_is_said_and_mended(store: Settings) -> None:
+    """`index.build`, or the making of a release, was cut short. Milvus Lite needs no index."""
+    with Catalog(store) as catalog:
+        stored = catalog.prepare(RELEASE, DIM)
+        client = MilvusClient(store.milvus)
+
+        def lose() -> None:
+            client.release_collection(stored.name)
+            client.drop_index(stored.name, "vector")
+
+        lose()
+        if not catalog.milvus.lite:
+            with pytest.raises(CatalogUnavailable, match=r"tune --kind.* cut short: run it again"):
+                catalog.find()
+        catalog.mend(Role.SERVING)
+        assert index_of(catalog.serving(max_age_s=0)).kind in KINDS
+        lose()
+        assert (found := catalog.of_name(stored.name))
+        assert found.count() == 0
 
 
 def test_rows_go_where_they_were_prepared_for_when_the_alias_moves(

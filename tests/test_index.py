@@ -214,6 +214,8 @@ def test_the_commands_measure_and_tune(
     assert all(point["recall_10"] == 1 for point in found["points"])
     drawn = ElementTree.parse(plot).getroot()
     assert len(drawn.findall(".//{*}circle")) == len(found["points"]) == 4
+    catalog.milvus.client.release_collection(collection.name)
+    catalog.milvus.client.drop_index(collection.name, "vector")  # as a `tune` that was killed
     queries = tmp_path / "queries.txt"
     queries.write_text("red shirt\n\nblue dress\n")
     with pytest.raises(SystemExit) as ended:

@@ -179,7 +179,9 @@ class Catalog:
         return {name: match[1] for name in sorted(names) if (match := of_ours.fullmatch(name))}
 
     def of_name(self, name: str) -> Collection | None:
-        """A collection by its own name; None if there is none."""
+        """A collection without a role, by its own name; None if there is none."""
+        with suppress(CollectionGone):
+            self._finish(name)  # its maker may have died, and without an index it is not loaded
         return self._look(name, Deadline(self.milvus.write_timeout_s))
 
     def aliases_of(self, name: str) -> list[str]:
@@ -207,33 +209,51 @@ class Catalog:
         self.milvus.make()
         name = models.PRODUCTS.name(release_id, self.alias)
         client, patience_s = self.milvus.client, self.milvus.write_timeout_s
-        words = Feature.BM25 in self.milvus.backend.features
         with self.milvus.errors(f"create {name}"):
             if not client.has_collection(name, timeout=patience_s):
                 client.create_collection(
                     name,
-                    schema=_schema(client, vector_dim, words),
+                    schema=_schema(
+                        client, vector_dim, Feature.BM25 in self.milvus.backend.features
+                    ),
                     timeout=patience_s,
                     properties={RELEASE_PARAMETER: release_id, **self._index.untuned},
                 )
-            # Each step is asked for by itself: an earlier `prepare` may have died between them.
-            there = client.list_indexes(name, timeout=patience_s)
-            for index in self._indexes(words):
-                if index["field_name"] not in there:
-                    params = client.prepare_index_params()
-                    params.add_index(**index)
-                    client.create_index(name, params, timeout=patience_s)
+        self._finish(name)
         self.point(name, role)
         found = self.find(role)
         assert found
         return found
+
+    def mend(self, role: Role) -> None:
+        """Give its collection an index where `index.build` was cut short, and left none."""
+        if not self.milvus.exists:
+            return
+        found = self._description(self.alias + role, Deadline(self.milvus.write_timeout_s))
+        if found and RELEASE_PARAMETER in found.get("properties", {}):
+            self._finish(found["collection_name"])
+
+    def _finish(self, name: str) -> None:
+        """The indexes that a collection lacks: an earlier step may have died before they were."""
+        client, patience_s = self.milvus.client, self.milvus.write_timeout_s
+        with self.milvus.errors(f"index {name}"):
+            found = client.describe_collection(name, timeout=patience_s)
+            lacking = {f["name"] for f in found["fields"]}
+            lacking -= set(client.list_indexes(name, timeout=patience_s))
+            for index in self._indexes:
+                if index["field_name"] in lacking:
+                    params = client.prepare_index_params()
+                    params.add_index(**index)
+                    client.create_index(name, params, timeout=patience_s)
 
     @property
     def _index(self) -> Index:
         """Of the vectors of a new collection."""
         return graph() if Feature.HNSW in self.milvus.backend.features else flat()
 
-    def _indexes(self, words: bool) -> list[dict[str, Any]]:
+    @property
+    def _indexes(self) -> list[dict[str, Any]]:
+        """Of all fields that have one, if the collection has the field."""
         vectors = self._index
         wanted: list[dict[str, Any]] = [
             {
@@ -246,7 +266,7 @@ class Catalog:
         wanted += [
             {"field_name": f.name, "index_type": "SPARSE_INVERTED_INDEX", "metric_type": "BM25"}
             for f in models.PRODUCTS.fields
-            if f.words_of and words
+            if f.words_of
         ]
         return wanted
 

@@ -35,6 +35,7 @@ from retrieval_client.records import (
     id_filter,
     stored_from_row,
 )
+from retrieval_client.translate import MILVUS_NO_INDEX
 from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogError,
@@ -184,7 +185,10 @@ class Collection:
         what fails is a server that starts, or recovers, which it says in many ways."""
         if self.milvus.lite or isinstance(error, CatalogUnavailable | CollectionGone):
             return error
-        return CatalogUnavailable(f"{error}; wait until it has recovered, and see its log")
+        step = "wait until it has recovered, and see its log"
+        if getattr(error.__cause__, "code", None) == MILVUS_NO_INDEX:
+            step = "`retrieval index tune --kind` is at work there, or was cut short: run it again"
+        return CatalogUnavailable(f"{error}; {step}")
 
     def _forget_indexes(self) -> None:
         """A kill while Lite wrote an index leaves half a file; from the rows it makes another."""

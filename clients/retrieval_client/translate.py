@@ -62,6 +62,8 @@ MILVUS_UNAVAILABLE = {2, 9, 101, 103, 201, 202, *range(500, 504), *range(600, 60
 MILVUS_UNAVAILABLE |= set(range(901, 906))
 # 100 = no such collection or alias (1600: alias, of the server).
 MILVUS_GONE = {100, 1600}
+# Of a server, asked to load what has no index.
+MILVUS_NO_INDEX = 700
 MILVUS_GRPC_UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 MILVUS_NEXT_STEP = "see that it runs and that the address and token are right (--milvus)"
 MILVUS_TOKEN_STEP = "give `user:password`, or a key, as RETRIEVAL_MILVUS_TOKEN"

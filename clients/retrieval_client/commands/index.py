@@ -77,7 +77,10 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 def measurable(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[Collection, Array]]:
     """The collection that the flags name, and vectors of queries (queries, vector_dim)."""
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
-        collection = catalog.find(Role[args.role.upper()])
+        role = Role[args.role.upper()]
+        if getattr(args, "kind", None):
+            catalog.mend(role)
+        collection = catalog.find(role)
         if not collection:
             raise CollectionGone(
                 f"Milvus at {settings.milvus}: expected a {args.role} collection of "
