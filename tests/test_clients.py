@@ -343,6 +343,9 @@ def test_errors_are_one_readable_line(
 def test_a_server_that_is_down_is_one_readable_line(tmp_path: Path) -> None:
     away = Settings(triton="127.0.0.1:1", milvus=str(tmp_path / "c.db"))
     (tmp_path / "one.csv").write_text("id,title\na,red dress\n")
+    (tmp_path / "rejects.jsonl").write_text("of the last push")
+    assert retrieval(away, "push", "one.csv", "--dry-run", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "rejects.jsonl").read_text() == "of the last push", "no push has been since"
     for command in (["push", "one.csv", "--retry-s", "1"], ["status"]):
         done = retrieval(away, *command, cwd=tmp_path)
         assert done.returncode == 1

@@ -186,10 +186,11 @@ def test_the_closing_audit_finds_what_somebody_else_did(
     assert (report.stored, report.unchanged) == (2, 7), "and the next run repairs it"
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("whole", "known"), [(True, True), (False, True), (False, False)])
 def test_a_small_push_asks_for_its_ids_alone(
-    shop: Shop, whole: bool, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, whole: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where its source does not say how many rows it has."""
     shop.push([row(at) for at in range(40)])
     passes: list[str] = []
     every = Collection.every
@@ -197,7 +198,7 @@ def test_a_small_push_asks_for_its_ids_alone(
         Collection, "every", lambda self, *a: passes.append(self.name) or every(self, *a)
     )
     rows = [row(at, "new" if at < 2 else "") for at in range(30 if whole else 5)]
-    report = shop.push(rows, rows_expected=len(rows))
+    report = shop.push(rows, rows_expected=len(rows) if known else None)
     assert (report.encoded, report.unchanged) == (2, len(rows) - 2)
     assert report.fed[RELEASE].left == Differences(0, 0, 0, 0)
     assert bool(passes) == whole

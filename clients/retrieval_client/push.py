@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog
@@ -20,7 +21,14 @@ from retrieval_client.feed import LOOK_UP_ROWS, Fed, Feed, Plan
 from retrieval_client.fleet import Encoders
 from retrieval_client.flow import REQUEST_ROWS, Flow
 from retrieval_client.patience import Patient
-from retrieval_client.rows import Candidate, Reject, batched, candidate_from_row, is_good_id
+from retrieval_client.rows import (
+    BATCH_BYTES,
+    Candidate,
+    Reject,
+    batched,
+    candidate_from_row,
+    is_good_id,
+)
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
 from retrieval_contract.errors import (
@@ -50,6 +58,11 @@ class PushReport:
     fed: dict[str, Fed] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Rows of the source of which that is known, in all collections together."""
+        return self.settled // max(len(self.fed), 1)
 
     def _sum(self, name: str) -> int:
         return sum(getattr(fed, name) for fed in self.fed.values())
@@ -121,6 +134,8 @@ class Push:
         finds another state than the source's.
         """
         self._progress, self._on_reject = progress, on_reject
+        if rows_expected is None:
+            rows, rows_expected = counted(rows)
         self._prepare(rows_expected)
         with Book() as self._book:
             self._look_for_feeds()
@@ -210,12 +225,12 @@ class Push:
                     self._book.refuse(row.id)
                 self._nameless += not row.id
                 self._reject(row.name, exc)
+                self.report.settled += max(len(self._feeds), 1)
             else:
                 yield candidate
 
     def _reject(self, name: str, error: ItemError) -> None:
         reject = Reject.of(name, error)
-        self.report.settled += 1
         self.report.refused[reject.code] += 1
         if len(self.report.rejects) < EXAMPLES:
             self.report.rejects.append(reject)
@@ -242,6 +257,7 @@ class Push:
             if (error := answer.encoded.errors[i]) is not None:
                 self._book.take_back(feed.release_id, row.id)
                 self._reject(row.id, error)
+                self.report.settled += 1
                 continue
             feed.fed.encoded += 1
             self.report.settled += feed.make_ready(
@@ -249,3 +265,14 @@ class Push:
             )
         self.report.settled += feed.write_due()
         self._progress(self.report)
+
+
+def counted(rows: Iterable[SourceRow]) -> tuple[Iterable[SourceRow], int | None]:
+    """The same rows, and how many they are where they are few: CSV, JSON lines do not say."""
+    rows, first, weight = iter(rows), list[SourceRow](), 0
+    for row in rows:
+        first.append(row)
+        weight += len(row.image)
+        if len(first) == LOOK_UP_ROWS or weight >= BATCH_BYTES:
+            return chain(first, rows), None
+    return first, len(first)

@@ -91,7 +91,7 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
     )
     started = time.monotonic()
     with (
-        rejects_file(args.rejects) as rejects,
+        rejects_file(None if args.dry_run else args.rejects) as rejects,
         Encoders(settings.override(traffic=Lane.BULK)) as encoders,
         Catalog(settings) as catalog,
         progress_bar(quiet=args.json) as bar,
@@ -99,11 +99,11 @@ def run_push(args: argparse.Namespace, settings: Settings) -> int:
         task = bar.add_task("products", total=expected)
         report = Push(settings, encoders, catalog, plan).run(
             rows,
-            progress=lambda report: bar.update(task, completed=report.settled),
+            progress=lambda report: bar.update(task, completed=report.done),
             on_reject=lambda reject: print(reject.to_json(), file=rejects, flush=True),
             rows_expected=expected,
         )
-        bar.update(task, total=report.settled, completed=report.settled)
+        bar.update(task, total=report.read, completed=report.read)
         total = 0 if args.dry_run and not catalog.find() else catalog.serving().count()
     _say(args, report, total, time.monotonic() - started)
     return EXIT_REFUSED if report.refused else 0
@@ -149,7 +149,7 @@ def _say(args: argparse.Namespace, report: PushReport, total: int, elapsed_s: fl
     for reject in report.rejects[:10]:
         line = f"  {reject.id}: {reject.code}: {reject.detail}"
         console.print(line, markup=False, highlight=False)
-    if refused:
+    if refused and not args.dry_run:
         console.print(f"all refused rows: {args.rejects}", markup=False)
 
 

@@ -97,7 +97,7 @@ def run_build(args: argparse.Namespace, settings: Settings) -> int:
             source.rows(),
             candidate.info.release_id,
             Plan(thumbnails=not args.no_thumbnails),
-            lambda report: bar.update(task, completed=report.settled),
+            lambda report: bar.update(task, completed=report.done),
             lambda reject: print(reject.to_json(), file=rejects, flush=True),
             rows_expected=source.rows_expected,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,14 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def rejects_file(path: Path) -> Iterator[IO[str]]:
-    """Opened before the first row, so that nothing refused can be lost; gone if nothing was."""
-    with path.open("w", encoding="ascii") as file:
+def rejects_file(path: Path | None) -> Iterator[IO[str]]:
+    """Opened before the first row, so that nothing refused can be lost; gone if nothing was.
+
+    Without a path they are not kept, as of a dry run, which must leave the last push's.
+    """
+    with (path or Path(os.devnull)).open("w", encoding="ascii") as file:
         try:
             yield file
         finally:
-            if not file.tell():
+            if path and not file.tell():
                 path.unlink()
