@@ -14,6 +14,7 @@ from retrieval_client import Catalog, Collection, ProductRow, Settings
 from retrieval_client import collection as collections
 from retrieval_client import recalls as measuring
 from retrieval_client.__main__ import main
+from retrieval_client.catalog import Role
 from retrieval_client.collection import Ask
 from retrieval_client.index import (
     KINDS,
@@ -22,6 +23,7 @@ from retrieval_client.index import (
     flat,
     graph,
     index_of,
+    recall_asked,
     sample_titles,
     tune,
 )
@@ -153,6 +155,14 @@ def test_what_is_tuned_is_used_by_every_client_and_survives(
         more = tuned.params["ef"] + 100
         (hits,) = other.search(QUERIES[:1], Ask(more))
         assert len(hits) == more, "a graph is asked for no more than it looks at"
+        same = not other.milvus.lite  # where Milvus Lite builds no graph by itself
+        candidate = catalog.prepare("f" * 16, DIM, Role.CANDIDATE)
+        catalog.unpoint(Role.CANDIDATE)
+        catalog.drop(candidate)
+        assert recall_asked(candidate) == 0.9, "is asked of what is built beside it"
+        for condition, params in (("", tuned.params), ("bucket < 5", tuned.filtered_params)):
+            found = candidate._search_params(Ask(5, condition)).get("params", {})
+            assert found == (params if same else {})
 
 
 def test_what_cannot_be_reached_is_said_and_nothing_is_stored(

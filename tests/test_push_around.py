@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ from benchmarks.stand_in import StandIns
 from retrieval_client import Settings
 from retrieval_client.catalog import Role
 from retrieval_client.feed import LOOK_UP_ROWS, Plan
+from retrieval_client.index import RECALL_ASKED
+from retrieval_client.releases import Releases, unfinished
 from retrieval_client.sources import Source, SourceRow
+from retrieval_client.verify import Verify
 from retrieval_client.window import FEWEST, FIRST, MOST, Window
 from retrieval_contract.errors import (
     CatalogError,
 )
 from tests.conftest import ROOT
-from tests.shop import OTHER, RELEASE, Shop, candidate, row
+from tests.shop import OTHER, PHOTO, RELEASE, Shop, candidate, row
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +77,9 @@ def test_a_step_that_is_too_large_is_halved(shop: Shop, monkeypatch: pytest.Monk
 def test_every_live_release_is_fed_with_its_own_vectors(shop: Shop, role: Role) -> None:
     rows = [row(at, price=at) for at in range(40)]
     with candidate(shop, role) as second:
-        report = shop.push(rows)
+        report = shop.push([*rows, row(1)])
         assert {r: fed.stored for r, fed in report.fed.items()} == {RELEASE: 40, OTHER: 40}
-        assert report.settled == 80
+        assert (report.settled, report.done, report.read) == (82, 41, 41), "one was refused"
         there, here = shop.rows(second), shop.rows()
         assert {len(r["vector"]) for r in there.values()} == {12}
         assert {len(r["vector"]) for r in here.values()} == {8}
@@ -102,6 +106,59 @@ def test_a_release_that_begins_during_a_push_is_fed_from_then_on(
         assert 0 < report.fed[OTHER].stored < 3 * LOOK_UP_ROWS
     finally:
         beside.__exit__()
+
+
+def test_products_without_titles_are_verified_by_others_like_them(shop: Shop) -> None:
+    """With the recall that was asked for."""
+    with candidate(shop) as second:
+        client = shop.catalog.milvus.client
+        client.alter_collection_properties(second.name, {RECALL_ASKED: "0.98"})
+        shop.push([SourceRow(f"p{at}", b"", PHOTO + bytes([at])) for at in range(30)])
+        found = Verify(shop.settings, shop.encoders, shop.catalog).run()  # type: ignore[arg-type]
+    assert found.passed, found.checks
+    (recall,) = (check for check in found.checks if check.name == "recall")
+    assert (recall.expected, recall.got) == ("at least 0.98", "1.0000")
+    assert {change.query for change in found.changes} == {f"p{at}" for at in range(30)}
+    assert all(len(change.serving) == len(change.candidate) == 10 for change in found.changes)
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL."""
+
+
+def test_a_rollback_beside_a_candidate_that_died_leaves_nobody_without_a_role(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next one, or `gc`, ends it."""
+    ours = Releases(shop.settings, shop.encoders, shop.catalog)  # type: ignore[arg-type]
+    monkeypatch.setattr(ours, "_try", lambda collection: None)
+    monkeypatch.setattr(shop.encoders, "sort", dict, raising=False)
+    third = shop.catalog.prepare("c" * 16, 8, Role.CANDIDATE)
+    with candidate(shop, Role.PREVIOUS):
+        for step, done in enumerate([ours.rollback, ours.rollback, ours.gc, ours.rollback]):
+            moves = iter(range(9))
+
+            def killed(real: Callable[..., None], *args: object, step: int = step) -> None:
+                if next(moves) == step:  # noqa: B023
+                    raise Killed
+                real(*args)
+
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("point", "unpoint"):
+                    real = getattr(shop.catalog, name)
+                    patch.setattr(shop.catalog, name, partial(killed, real))
+                with pytest.raises(Killed):
+                    ours.rollback()
+            live = {each.info.release_id for each in shop.catalog.live().values()}
+            assert live == {RELEASE, OTHER, "c" * 16}, "a push would miss one"
+            said = " ".join(unfinished(ours.status()))
+            assert ("`rollback` ends it" in said) == (step > 0)
+            done()
+            now = {role: each.info.release_id for role, each in shop.catalog.roles().items()}
+            assert now == {Role.SERVING: OTHER, Role.PREVIOUS: RELEASE, Role.CANDIDATE: "c" * 16}
+            assert ours.rollback().info.release_id == RELEASE
+        shop.catalog.unpoint(Role.CANDIDATE)
+        shop.catalog.drop(third)
 
 
 def test_a_first_push_makes_the_collection_and_only_if_one_release_is_served(

@@ -181,7 +181,8 @@ def test_a_good_candidate_passes_and_may_be_promoted(
 ) -> None:
     with pytest.raises(NotVerified, match="got no verdict"):
         ours.promote()
-    judged = Asked(list(WORDS), [{f"p{i}": 1 for i in range(n, 60, 5)} for n in range(5)])
+    right = [{f"p{i}": 1 for i in range(n, 60, 5)} for n in range(5)]
+    judged = Asked([*WORDS, " "], [*right, {"p1": 1}])  # the last is refused, and not sought
     probes = Probes.load(served["other"].folder)
     unread = SourceRow("p60", b"a hat", b"no picture")
     wanted = Wanted(source=[*source(), unread], probes=probes, asked=judged, ndcg_loss=1.0)
@@ -202,7 +203,7 @@ def test_a_good_candidate_passes_and_may_be_promoted(
     ]
     said = json.loads((tmp_path / "report.json").read_text())
     assert said["passed"] is True
-    assert len(said["changes"]) == 5
+    assert len(said["changes"]) == 6
     assert Image.open(tmp_path / "changes.png").height > 5 * 200
     ours.promote()
     assert roles(ours) == {"SERVING": served["other"].id, "PREVIOUS": served["old"].id}

@@ -21,7 +21,7 @@ from pymilvus import DataType, Function, FunctionType, MilvusClient
 from retrieval_client.capabilities import Feature
 from retrieval_client.collection import Collection, CollectionInfo, damaged
 from retrieval_client.deadline import Deadline
-from retrieval_client.index import Index, flat, graph
+from retrieval_client.index import Index, flat, graph, inherited
 from retrieval_client.milvus import Milvus
 from retrieval_client.records import ID, VECTOR, WORDS, field_parameters
 from retrieval_client.settings import Settings
@@ -44,6 +44,8 @@ class Role(StrEnum):
     SERVING = ""
     CANDIDATE = "_candidate"
     PREVIOUS = "_previous"
+    HELD = "_held"
+    """What served, while a rollback beside a candidate gives it another role."""
 
 
 class Catalog:
@@ -209,6 +211,7 @@ class Catalog:
         self.milvus.make()
         name = models.PRODUCTS.name(release_id, self.alias)
         client, patience_s = self.milvus.client, self.milvus.write_timeout_s
+        tuning = inherited(self._index, self.find())
         with self.milvus.errors(f"create {name}"):
             if not client.has_collection(name, timeout=patience_s):
                 client.create_collection(
@@ -217,7 +220,7 @@ class Catalog:
                         client, vector_dim, Feature.BM25 in self.milvus.backend.features
                     ),
                     timeout=patience_s,
-                    properties={RELEASE_PARAMETER: release_id, **self._index.untuned},
+                    properties={RELEASE_PARAMETER: release_id, **tuning},
                 )
         self._finish(name)
         self.point(name, role)

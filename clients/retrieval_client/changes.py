@@ -15,7 +15,7 @@ from retrieval_client.collection import Ask, Collection
 from retrieval_client.deadline import Deadline
 from retrieval_client.fleet import Encoders
 from retrieval_client.picture import draw_results
-from retrieval_client.records import THUMBNAIL, Hit
+from retrieval_client.records import THUMBNAIL, VECTOR, Hit
 from retrieval_contract.tensors import Array
 
 TOGETHER = 64
@@ -64,13 +64,33 @@ def answers_of(
     encoder = encoders.for_collection(collection.info)
     encoded = encoder.encode_queries(texts, timeout_s=patience_s, fresh=True)
     good = [row for row, error in enumerate(encoded.errors) if error is None]
-    hits: list[list[Hit]] = [[] for _ in texts]
+    return _answers(collection, encoded.vectors, good, depth, patience_s)
+
+
+def answers_like(
+    collection: Collection, ids: Sequence[str], depth: int, patience_s: float
+) -> Answers:
+    """To stored products in place of texts: by the vectors that they have there."""
+    stored = collection.of_ids(ids, [VECTOR.name])
+    vectors = np.zeros((len(ids), collection.info.vector_dim), np.float32)
+    for row, product_id in enumerate(ids):
+        if product_id in stored:
+            vectors[row] = stored[product_id][VECTOR.name]
+    good = [row for row, vector in enumerate(vectors) if vector.any() and np.isfinite(vector).all()]
+    return _answers(collection, vectors, good, depth, patience_s)
+
+
+def _answers(
+    collection: Collection, vectors: Array, good: list[int], depth: int, patience_s: float
+) -> Answers:
+    """Of the rows that are good."""
+    hits: list[list[Hit]] = [[] for _ in vectors]
     for start in range(0, len(good), TOGETHER):
         some = good[start : start + TOGETHER]
-        found = collection.search(encoded.vectors[some], Ask(depth), Deadline(patience_s))
+        found = collection.search(vectors[some], Ask(depth), Deadline(patience_s))
         for row, of_row in zip(some, found, strict=True):
             hits[row] = of_row
-    vectors = np.where(np.isin(np.arange(len(texts)), good)[:, None], encoded.vectors, 0)
+    vectors = np.where(np.isin(np.arange(len(vectors)), good)[:, None], vectors, 0)
     return Answers(collection, vectors.astype(np.float32), hits)
 
 

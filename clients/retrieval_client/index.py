@@ -28,6 +28,8 @@ FILTERS = (0.1, 0.01)
 """Shares of the rows whose filters must keep FILTERED."""
 RECALL, FILTERED = 0.98, 0.95
 """recall@DEPTH that is asked for, over all rows and under those filters."""
+RECALL_ASKED, LOWEST_RECALL = "recall_asked", 0.95
+"""The property of a collection that says what was asked for over all rows; where nothing was."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,8 @@ KINDS: dict[str, Callable[[int], Index]] = {
 
 def index_of(collection: Collection) -> Index:
     """What there is now; CatalogError where there is none, or one that is not of KINDS."""
-    milvus = collection.milvus
-    with milvus.errors(f"index of {collection.name}"):
-        found = milvus.client.describe_index(
-            collection.name, VECTOR.name, timeout=milvus.write_timeout_s
-        )
-    kind = (found or {}).get("index_type", "none")
+    found = _described(collection)
+    kind = found.get("index_type", "none")
     if kind not in KINDS:
         raise CatalogError(
             f"{collection.name}: expected an index of {', '.join(KINDS)}, got {kind}; build one "
@@ -99,6 +97,34 @@ def index_of(collection: Collection) -> Index:
     known = KINDS[kind](1)
     params = {name: int(found[name]) for name in known.params if name in found}
     return replace(known, params=params)
+
+
+def _described(collection: Collection) -> Mapping[str, str]:
+    """What Milvus says of it; nothing where there is none."""
+    milvus = collection.milvus
+    with milvus.errors(f"index of {collection.name}"):
+        found = milvus.client.describe_index(
+            collection.name, VECTOR.name, timeout=milvus.write_timeout_s
+        )
+    return found or {}
+
+
+def inherited(index: Index, serving: Collection | None) -> dict[str, str]:
+    """The properties of a new collection with this index, beside one that serves.
+
+    What was asked of that is asked of this, and where both have one kind of index, this one is
+    searched as hard.
+    """
+    names = [RECALL_ASKED]
+    if serving and _described(serving).get("index_type") == index.kind:
+        names += [SEARCH_PARAMS, FILTERED_PARAMS]
+    said = serving.info.properties if serving else {}
+    return index.untuned | {name: said[name] for name in names if name in said}
+
+
+def recall_asked(collection: Collection) -> float:
+    """The recall@DEPTH that its searches are to have."""
+    return float(collection.info.properties.get(RECALL_ASKED, LOWEST_RECALL))
 
 
 def best_kind(milvus: Milvus, rows: int) -> Index:
@@ -176,7 +202,7 @@ def tune(
     index = index_of(collection)
     plain, found = _least(collection, index, queries, target, (1.0,), say)
     under, found_under = _least(collection, index, queries, filtered, FILTERS, say)
-    _store(collection, search_properties(plain, under))
+    _store(collection, search_properties(plain, under) | {RECALL_ASKED: str(target)})
     return Tuned(collection.name, collection.count(), str(index), plain, under, found | found_under)
 
 

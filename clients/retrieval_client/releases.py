@@ -6,7 +6,8 @@
 
 The encoder of each is a server of its own (`fleet.py`), and a search takes collection and encoder
 of one release: so an alias is all that moves. Every command may die between two steps; then a
-collection has two roles, `status` says so, and the next `promote`, `rollback` or `gc` finishes it.
+collection has two roles, or is held by a rollback alone; `status` says so, and the next `promote`,
+`rollback` or `gc` finishes it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Releases:
 
         Raises NotVerified unless it was verified as it is now, or `certain`.
         """
-        roles = self._roles()
+        roles = self._let_go(self._roles())
         serving, candidate = roles[Role.SERVING], roles.get(Role.CANDIDATE)
         if candidate is None:
             raise CatalogError(
@@ -143,7 +144,11 @@ class Releases:
         Where another candidate is being built already, it becomes the previous one instead.
         """
         roles = self._roles()
-        serving, previous = roles[Role.SERVING], roles.get(Role.PREVIOUS)
+        serving, held = roles[Role.SERVING], roles.get(Role.HELD)
+        roles = self._let_go(roles)
+        if held and held.name != serving.name:  # a rollback that died after its move
+            return serving
+        previous = roles.get(Role.PREVIOUS)
         if previous is None:
             raise CatalogError(
                 f"{self.catalog.alias}: expected a previous release to go back to, got none beside "
@@ -153,13 +158,25 @@ class Releases:
             self._try(previous)
             candidate = roles.get(Role.CANDIDATE, serving)
             if candidate.name != serving.name:
+                self.catalog.point(serving.name, Role.HELD)
                 self.catalog.point(previous.name, Role.SERVING)
-                self.catalog.point(serving.name, Role.PREVIOUS)
+                self._let_go({**roles, Role.SERVING: previous, Role.HELD: serving})
                 return previous
             self.catalog.point(serving.name, Role.CANDIDATE)
             self.catalog.point(previous.name, Role.SERVING)
         self.catalog.unpoint(Role.PREVIOUS)
         return previous
+
+    def _let_go(self, roles: dict[Role, Collection]) -> dict[Role, Collection]:
+        """The roles, with what a rollback held as the previous release where that has moved."""
+        held = roles.get(Role.HELD)
+        if held is None:
+            return roles
+        if held.name != roles[Role.SERVING].name:
+            self.catalog.point(held.name, Role.PREVIOUS)
+            roles = {**roles, Role.PREVIOUS: held}
+        self.catalog.unpoint(Role.HELD)
+        return {role: each for role, each in roles.items() if role is not Role.HELD}
 
     def _try(self, collection: Collection) -> None:
         """Its server encodes, and it can be searched; raises what a search would."""
@@ -182,7 +199,7 @@ class Releases:
 
         An alias goes before its collection: a later Milvus refuses, and an earlier one leaves it.
         """
-        roles, cleared = self._roles(), Cleared()
+        roles, cleared = self._let_go(self._roles()), Cleared()
         serving = roles[Role.SERVING].name
         for role in (Role.CANDIDATE, Role.PREVIOUS):
             found = roles.get(role)
@@ -259,6 +276,8 @@ def unfinished(standings: Iterable[Standing]) -> list[str]:
                 f"{each.name} serves and is the previous one as well: `promote` goes on, "
                 "`rollback` ends a rollback"
             )
+        if Role.HELD in roles:
+            said.append(f"{each.name} is held by a rollback that died: `rollback` ends it")
         if not roles:
             said.append(f"{each.name} has no role: `gc` drops it")
         elif not each.served_by:
