@@ -196,6 +196,13 @@ def test_titles_stand_in_for_queries(filled: Collection) -> None:
     assert titles == sample_titles(filled, 50)
 
 
+def test_titles_of_many_products_are_of_one_bucket_at_least(
+    filled: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filled, "count", lambda condition="": 10 if condition else 10**8)
+    assert len(sample_titles(filled, 1)) == 1
+
+
 def test_the_cpu_of_a_process_is_known_where_it_is_here() -> None:
     assert cpu_seconds(1) is not None
     assert cpu_seconds(None) is None

@@ -68,8 +68,22 @@ def test_a_step_that_is_too_large_is_halved(shop: Shop, monkeypatch: pytest.Monk
     found = [r["id"] for step in shop.collection.every([]) for r in step]
     assert sorted(found) == sorted(f"p{at}" for at in range(100))
     monkeypatch.setattr("retrieval_client.collection.MAX_RESULTS", 1)
-    with pytest.raises(CatalogError, match="spread them over several catalogs"):
+    with pytest.raises(CatalogError, match="expected an id to be stored once, got 'p"):
         list(shop.collection.every([]))
+
+
+def test_a_bucket_that_is_too_large_is_read_by_ids(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each is of some ten million products and more."""
+    monkeypatch.setattr("retrieval_contract.models.BUCKETS", 1)
+    ids = [*(f"p{at}" for at in range(30)), 'q"uote', "back\\slash", "apos'trophe", "é", "👟", "字"]
+    shop.push([SourceRow(i, b"title") for i in ids])
+    monkeypatch.setattr("retrieval_client.collection.MAX_RESULTS", 20)
+    found = [r["id"] for step in shop.collection.every([]) for r in step]
+    assert sorted(found) == sorted(ids)
+    some = [r["id"] for step in shop.collection.every([], 'id != "p1"') for r in step]
+    assert sorted(some) == sorted(set(ids) - {"p1"})
 
 
 # ── releases side by side ────────────────────────────────────────────────────────────────

@@ -33,6 +33,7 @@ from retrieval_client.records import (
     check_vectors,
     hit_from_milvus,
     id_filter,
+    quoted,
     stored_from_row,
 )
 from retrieval_client.translate import MILVUS_NO_INDEX
@@ -241,27 +242,33 @@ class Collection:
     def every(self, fields: list[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
         """A pass over all rows (under a condition), some thousand at a time, in no order.
 
-        By ranges of buckets: pymilvus's own iterator pastes the id where it stands into its next
-        filter as it is, so that a quote in an id ends the pass or bends it.
+        By ranges of buckets, and of ids where one bucket holds too many: pymilvus's own iterator
+        pastes the id where it stands into its next filter as it is, so that a quote in an id ends
+        the pass or bends it.
         """
         rows = min(PASS_ROWS, PASS_BYTES // self._weight(fields))
         whole = f"({condition}) and " if condition else ""
+        most = min(MAX_RESULTS, 2 * rows)
         step = max(1, models.BUCKETS * rows // max(self.count(condition), 1))
-        todo = [(at, at + step) for at in range(0, models.BUCKETS, step)][::-1]
+        todo = [(at, at + step, "") for at in range(0, models.BUCKETS, step)][::-1]
         while todo:
-            low, high = todo.pop()
-            part = f"{whole}{BUCKET.name} >= {low} and {BUCKET.name} < {high}"
-            batch = self.query(part, [ID.name, *fields], limit=MAX_RESULTS)
-            if len(batch) < MAX_RESULTS:
+            low, high, of_ids = todo.pop()
+            part = f"{whole}{BUCKET.name} >= {low} and {BUCKET.name} < {high}{of_ids}"
+            batch = self.query(part, [ID.name, *fields], limit=most)
+            if len(batch) < most:
                 yield batch
             elif high - low > 1:  # it grew meanwhile
                 middle = (low + high) // 2
-                todo += [(middle, high), (low, middle)]
+                todo += [(middle, high, ""), (low, middle, "")]
             else:
-                raise CatalogError(
-                    f"{self.name}: expected fewer than {models.BUCKETS * MAX_RESULTS} rows, got "
-                    "more; spread them over several catalogs (--collection)"
-                )
+                ids = sorted(row[ID.name] for row in batch)
+                if (split := ids[most // 2]) == ids[0]:
+                    raise CatalogError(
+                        f"{self.name}: expected an id to be stored once, got {split!r} {most} "
+                        "times and more; delete it and push again"
+                    )
+                there = f"{ID.name} < {quoted(split)}"
+                todo += [(low, high, f"{of_ids} and {way}") for way in (f"not ({there})", there)]
 
     def _weight(self, fields: Sequence[str]) -> int:
         """Bytes of a row, about; attributes are of any size, so some are looked at."""

@@ -136,7 +136,7 @@ def sample_titles(collection: Collection, count: int) -> list[str]:
     """Titles of so many products (or all there are), the same each time: as queries, for want of
     real ones."""
     share = min(1.0, 2 * count / max(collection.count(), 1))
-    condition = f"{BUCKET.name} >= {round((1 - share) * models.BUCKETS)}"
+    condition = f"{BUCKET.name} >= {int((1 - share) * models.BUCKETS)}"
     titles = (row[TITLE.name] for rows in collection.every([TITLE.name], condition) for row in rows)
     return list(itertools.islice(filter(None, titles), count))
 

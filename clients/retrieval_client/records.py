@@ -121,11 +121,13 @@ def check_id(product_id: str) -> None:
 
 
 def id_filter(ids: Sequence[str]) -> str:
-    """A filter for ids, quoted here: pymilvus pastes ids into filters as they are.
+    """A filter for ids, quoted here: pymilvus pastes ids into filters as they are."""
+    return f"{ID.name} in [{', '.join(map(quoted, ids))}]"
 
-    JSON quoting without \\u escapes is read alike by Milvus Lite and the server.
-    """
-    return f"{ID.name} in [{', '.join(json.dumps(i, ensure_ascii=False) for i in ids)}]"
+
+def quoted(value: str) -> str:
+    """For a filter. JSON without \\u escapes is read alike by Milvus Lite and the server."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def check_vectors(ids: Sequence[str], vectors: Array, dim: int) -> None:
