@@ -113,8 +113,12 @@ def test_timings_are_kept_and_taken_up(graph: bytes, release: Release, tmp_path:
         build(RUNTIME, graph, profiles, architecture="SM89", timing_cache=timings).plan
         for _ in range(2)
     ]
-    assert timings.is_file()
+    assert [path.name for path in timings.parent.iterdir()] == ["timings"]
     assert plans[0] == plans[1]
+    timings.write_bytes(b"not timings")
+    kept = build(RUNTIME, graph, profiles, architecture="SM89", timing_cache=timings).plan
+    assert kept == plans[0]
+    assert timings.read_bytes() != b"not timings", "what is broken is written anew"
 
 
 def test_progress_is_told(graph: bytes, release: Release) -> None:

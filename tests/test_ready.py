@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 
 from deploy.engines.builder import find_runtime
-from deploy.engines.ready import Gpu, Missing, gpu_at_hand, overlay, prepare
+from deploy.engines.ready import (
+    Gpu,
+    Missing,
+    gpu_at_hand,
+    origin_of,
+    overlay,
+    prepare,
+    timings_of,
+)
 from deploy.server import check_release, triton
 from retrieval_client import Encoder, Settings
 from retrieval_contract import models
@@ -114,6 +123,31 @@ def test_an_overlay_that_another_replica_made_is_taken(tiny_release: Path, cache
         m.name: (repository / m.name / version / "model.plan").resolve() for m in models.TOWERS
     }
     assert overlay(tiny_release, Release.load(tiny_release), plans, cache) == ready.release
+
+
+def test_links_into_what_was_mounted_elsewhere_are_not_taken(
+    tiny_release: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The same volume and release at other places: what lies there leads nowhere."""
+    moved = Path(shutil.copytree(cache, tmp_path / "cache", symlinks=True))
+    release = Path(shutil.copytree(tiny_release, tmp_path / tiny_release.name, symlinks=True))
+    for place in (cache, moved):
+        ready = prepare(release, place, RUNTIME, GPU, Missing.FAIL)
+        (plan,) = ready.release.glob("model_repository/query_tower/*/model.plan")
+        assert plan.resolve().is_relative_to(place.resolve())
+        assert (ready.release / "release.json").resolve().is_relative_to(release.resolve())
+
+
+def test_timings_are_of_one_gpu(tiny_release: Path, cache: Path) -> None:
+    facts = Release.load(tiny_release)
+    names = {
+        timings_of(origin_of(tiny_release, facts, model, RUNTIME, gpu))
+        for gpu in (GPU, replace(GPU, name="NVIDIA A10, 8.6, 580.1"))
+        for model in models.TOWERS
+    }
+    assert len(names) == 2
+    (written,) = cache.glob("timings-*")
+    assert written.name in names
 
 
 def run(

@@ -8,6 +8,7 @@ No precision flag is ever set: TensorRT 11 has none, and networks are strongly t
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,8 +121,7 @@ def build(
             "the release"
         )
     if timings is not None and timing_cache:
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        timing_cache.write_bytes(memoryview(timings.serialize()))
+        _keep(timings, timing_cache)
     attention = attention_layers(trt, network)
     facts = _facts(trt, log, serialized, len(profiles))
     check_facts(facts, attention)
@@ -186,13 +186,26 @@ def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
 
 
 def _timings(config: Any, path: Path | None) -> Any:
-    """A cache of kernels' timings for this config, taken up from `path`; none where not wanted."""
+    """A cache of kernels' timings for this config, taken up from `path`; none where not wanted.
+
+    What was kept by another GPU or is broken counts as nothing.
+    """
     if path is None:
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if cache is not None:
-        config.set_timing_cache(cache, ignore_mismatch=True)
-    return cache
+    for kept in (path.read_bytes() if path.is_file() else b"", b""):
+        cache = config.create_timing_cache(kept)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
+
+
+def _keep(timings: Any, path: Path) -> None:
+    """Whole or not at all: another process may be reading there, or writing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".timings-") as name:
+        fresh = Path(name) / "new"
+        fresh.write_bytes(memoryview(timings.serialize()))
+        fresh.replace(path)
 
 
 def _logger(trt: Any) -> Any:

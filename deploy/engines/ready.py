@@ -7,6 +7,7 @@ a cache (`cache.py`). The release itself is mounted read-only; an overlay of lin
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -142,18 +143,26 @@ def engine_of(
             graph_of(release, model, facts.version),
             profiles,
             architecture=gpu.architecture,
-            timing_cache=cache / f"timings-{runtime.name}-{runtime.version}",
+            timing_cache=cache / timings_of(origin),
             told=told,
         ),
     )
 
 
+def timings_of(origin: Origin) -> str:
+    """The file of kernels' timings, which are of one GPU: another's would choose slow kernels."""
+    words = f"timings-{origin.runtime}-{origin.runtime_version}-{origin.gpu}"
+    return re.sub(r"[^\w.]+", "-", words)
+
+
 def overlay(release: Path, facts: Release, plans: Mapping[str, Path], cache: Path) -> Path:
     """A release folder of links to `release`, with the plans beside the graphs; whole or not there.
 
-    Its name follows from the plans', so that a server never sees another's engines appear.
+    Its name follows from where its links lead, so that a server never sees another's engines
+    appear, nor links into a volume that was mounted elsewhere.
     """
-    key = sha256_of_json({name: plan.parent.name for name, plan in plans.items()})[:16]
+    where = {name: str(plan.resolve()) for name, plan in plans.items()}
+    key = sha256_of_json({**where, REPOSITORY: str(release.resolve())})[:16]
     home = cache / f"release-{facts.release_id}-{key}"
     if home.exists():
         return home
