@@ -143,8 +143,11 @@ class Door(Generic[Item]):
                 while queue and rows + queue[0].rows <= self._most:
                     visit = queue.popleft()
                     self._rows[lane] -= visit.rows
-                    # The batch grows with it: would it still be answered in time?
-                    if visit.ends < now + (rows + visit.rows) * self._pace.seconds_per_row:
+                    # The batch grows with it: would it still be answered in time? Who is alone
+                    # takes nobody's, and only what is computed can correct the pace.
+                    alone = not rows and not any(self._rows.values())
+                    needs = 0.0 if alone else (rows + visit.rows) * self._pace.seconds_per_row
+                    if visit.ends < now + needs:
                         late.append(visit.item)
                     else:
                         taken.append(visit.item)

@@ -76,8 +76,21 @@ def test_what_is_being_computed_counts_until_it_is_done() -> None:
 
 
 def test_a_request_larger_than_its_time_is_let_into_an_empty_house() -> None:
-    """Later would be no better."""
-    door_of(Clock()).enter("large", 10, Lane.INTERACTIVE, 0.5)
+    """And computed there: later would be no better, and the pace may be wrong."""
+    clock = Clock()
+    door = door_of(clock)
+    door.enter("large", 10, Lane.INTERACTIVE, 0.5)
+    assert door.take() == (["large"], [])
+    clock.now += 1.0
+    door.done()
+    for name, time_s in (("first", 0.3), ("second", 1.0)):
+        door.enter(name, 4, Lane.INTERACTIVE, time_s)
+    assert door.take() == (["second"], ["first"]), "the first would have cost the second its time"
+    clock.now += 0.4
+    door.done()
+    door.enter("past its time", 1, Lane.INTERACTIVE, 0.1)
+    clock.now += 0.2
+    assert door.take() == ([], ["past its time"])
 
 
 def test_small_batches_say_nothing_of_a_queue() -> None:
