@@ -25,6 +25,8 @@ EVERY_S = 2.0
 BLOCKS = 10
 """The samples are drawn again in so many blocks: neighbours in time resemble each other."""
 DRAWS = 1000
+SMALLEST = 1e-3
+"""Of the start: half a megabyte of a server of 500."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class Growth:
     """
 
     start: float
+    hours: float
     per_hour: float
     low: float
     high: float
 
     @property
     def found(self) -> bool:
-        """Whether the line rises for certain, and by more than a thousandth a minute."""
-        return self.low > 0 and self.per_hour / 60 > 1e-3 * self.start
+        """Whether the line rises for certain, and by more than a thousandth in all."""
+        return self.low > 0 and self.per_hour * self.hours > SMALLEST * self.start
 
 
 def soak(
@@ -126,5 +129,5 @@ def growth_of(seconds: np.ndarray, values: np.ndarray, seed: int = 0) -> Growth:
         drawn = np.resize(drawn, len(values))
         slopes.append(np.polyfit(seconds, slope * seconds + start + drawn, 1)[0])
     low, high = np.percentile(slopes, [2.5, 97.5])
-    at_first = float(slope * seconds[0] + start)
-    return Growth(at_first, float(slope) * 3600, float(low) * 3600, float(high) * 3600)
+    at_first, hours = float(slope * seconds[0] + start), float(seconds[-1] - seconds[0]) / 3600
+    return Growth(at_first, hours, float(slope) * 3600, float(low) * 3600, float(high) * 3600)

@@ -43,7 +43,9 @@ def test_a_short_row(name: str, release_folder: Path, tmp_path: Path) -> None:
         assert counts["hanging"] < 0.05 * counts["trials"], counts
     if name == "stalls":
         assert counts["trials"] >= 150
-        assert counts["stalled"] < 0.5 * counts["trials"], "one burst in two: the batcher sleeps"
+        # Half of the calls come in bursts; of those the rejected arrangements stall a quarter. One
+        # burst in ten is left to a machine that has other work.
+        assert counts["stalled"] < 0.1 * counts["trials"], "the batcher sleeps"
     if name == "soak":
         assert counts["outcomes"]["answered"] > 0
         assert set(counts["per_hour"]) == {"memory_bytes", "file_handles", "shared_memory_bytes"}
@@ -74,6 +76,7 @@ def test_growth_is_found_and_noise_is_not() -> None:
     leaking = growth_of(seconds, 500e6 + noise + 1e5 * seconds)
     assert leaking.found
     assert leaking.per_hour == pytest.approx(3.6e8, rel=0.05)
+    assert growth_of(seconds, 500e6 + noise + 25e6 / 3600 * seconds).found, "25 MB an hour"
     handles = growth_of(seconds, 300 + np.floor(seconds / 60))
     assert handles.found
 
