@@ -5,7 +5,7 @@
 #       repository --checkpoint towers/weights/make
 #
 #   docker build -t make-retrieval-serve .
-#   docker run --rm --gpus 1 --shm-size 256m -p 8000-8002:8000-8002 -v engines:/cache \
+#   docker run --rm --gpus 1 --shm-size 256m -p 127.0.0.1:8000-8002:8000-8002 -v engines:/cache \
 #       -v "$PWD/build/releases/RELEASE_ID:/release:ro" make-retrieval-serve
 #
 # The first start on a GPU makes its engines and keeps them in /cache; --missing cpu serves on the
@@ -78,16 +78,8 @@ EXPOSE 8000 8001 8002
 # The entry point waits until nothing is computed (5 s at most), then has Triton finish what waits
 # for a tower; killed after 40 more. Give it that long (docker stop --time 50).
 STOPSIGNAL SIGTERM
-# Readiness alone stays green when a model's process has died, so one query and one product go
-# through every step of both ensembles; the query is a new one each time, should there be a cache.
-# The entry point mends what it can: this is for what it cannot, such as a machine that is too slow.
+# One query and one product, asked where the entry point was told to listen. That mends what it can:
+# this is for what it cannot, such as a machine that is too slow.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=900s --retries=3 \
-    CMD ["curl", "-fsS", "--fail-early", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-          {\"name\":\"query\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready", \
-         "-d", "@/proc/sys/kernel/random/uuid", "-d", "\"]} \
-          ]}", "http://127.0.0.1:8000/v2/models/query_encoder/infer", \
-         "--next", "-fsS", "-m", "5", "-o", "/dev/null", "-d", "{\"inputs\": [ \
-          {\"name\":\"title\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"ready\"]}, \
-          {\"name\":\"image\", \"datatype\":\"BYTES\", \"shape\":[1, 1], \"data\":[\"\"]} \
-          ]}", "http://127.0.0.1:8000/v2/models/product_encoder/infer"]
+    CMD ["python3", "-m", "deploy.health"]
 ENTRYPOINT ["python3", "-m", "deploy.container"]

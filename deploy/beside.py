@@ -6,12 +6,14 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from deploy.stopping import Stopped, listen
 from retrieval_contract.errors import DeployError, RetrievalError
 
+LOOK_S = 0.05
 COMMAND_STOP_S = 5.0
 """What the command gets between SIGTERM and SIGKILL."""
 
@@ -36,18 +38,24 @@ def in_terminal(args: argparse.Namespace) -> Iterator[None]:
 
 
 def run_beside(
-    args: Sequence[str], environment: Mapping[str, str], within: Sequence[str] = ()
+    args: Sequence[str],
+    environment: Mapping[str, str],
+    within: Sequence[str] = (),
+    look: Callable[[float], object] = time.sleep,
 ) -> int:
     """Run a command that finds the server in its environment; its exit code as a shell's.
 
-    `within` is what to start it with, such as `nsenter` and its flags.
+    `within` is what to start it with, such as `nsenter` and its flags. `look` is called meanwhile,
+    with the seconds that it may take; what it raises, such as that the server is gone for good,
+    ends the command.
     """
     try:
         process = subprocess.Popen([*within, *args], env=os.environ | environment)
     except OSError as exc:
         raise DeployError(f"--run {args[0]}: {exc.strerror}; give a program that starts") from exc
     try:
-        code = process.wait()
+        while (code := process.poll()) is None:
+            look(LOOK_S)
     finally:
         process.terminate()
         try:

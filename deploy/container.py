@@ -22,6 +22,7 @@ from deploy.instance import Instance, kept_flags
 from deploy.own_http import OwnHttp
 from deploy.query_cache import add_cache_flag
 from deploy.security import new_key, read_key
+from deploy.server import LOOPBACK, check_release
 from deploy.stopping import Stopped, listen, reap
 from deploy.supervisor import HUNG_S, Supervisor, say
 from deploy.tuning import Profile, add_profile_flag, lay_over, profile_from
@@ -30,7 +31,7 @@ from retrieval_contract.errors import DeployError, RetrievalError
 from retrieval_contract.models import Target
 from retrieval_contract.probes import Probes
 
-EVERYWHERE, LOOPBACK = "0.0.0.0", "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
 READY_S = 900.0
 """As long as the image's health check gives it."""
 REAP_S = 1.0
@@ -86,18 +87,37 @@ def parser() -> argparse.ArgumentParser:
     add_profile_flag(top)
     add_cache_flag(top)
     top.add_argument("--tag", default=os.environ.get("TRITON_TAG", ""), help="of NVIDIA's image")
-    top.add_argument("--http-address", default=EVERYWHERE)
+    top.add_argument(
+        "--http-address",
+        help="of HTTP and metrics, which have no TLS; default: any, and loopback with "
+        "--grpc-use-ssl",
+    )
     top.add_argument("--http-port", type=int, default=8000)
+    top.add_argument("--metrics-port", type=int, default=8002)
+    top.add_argument("--allow-http", default="true", help="no other than true: it is watched so")
     top.add_argument("--control-key-file", type=Path, help="as that of deploy.local")
     top.add_argument("--hung-s", type=float, default=HUNG_S, help="then a silent model is killed")
     return top
 
 
+def in_the_clear_at(args: argparse.Namespace, more: Sequence[str]) -> str:
+    """Where HTTP and metrics listen: who encrypts gRPC must not be passed by on their ports."""
+    encrypted = any(flag.startswith("--grpc-use-ssl") for flag in more)
+    return str(args.http_address or (LOOPBACK if encrypted else EVERYWHERE))
+
+
+def own_http(args: argparse.Namespace, more: Sequence[str], key: str, cached: bool) -> OwnHttp:
+    """How to ask the server that these flags start, from inside its container."""
+    address = in_the_clear_at(args, more)
+    asked_at = LOOPBACK if address == EVERYWHERE else address
+    return OwnHttp(asked_at, args.http_port, args.metrics_port, key, cached)
+
+
 def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
     """What these flags ask for, not yet started; DeployError when it could not be watched."""
-    if any(flag.replace("=", " ").split() == ["--allow-http", "false"] for flag in more):
+    if args.allow_http.lower() not in ("true", "1"):
         raise DeployError(
-            "--allow-http=false: expected HTTP, by which the server is watched; "
+            f"--allow-http={args.allow_http}: expected HTTP, by which the server is watched; "
             f"keep it to this container with --http-address={LOOPBACK}"
         )
     if not (binary := TRITON_HOME / "bin" / "tritonserver").is_file():
@@ -106,10 +126,11 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
     if target is Target.GPU:
         ready = find_ready(release, args.cache, Missing(args.missing))
         release, target = ready.release, ready.target
+    check_release(release, target)
     key = read_key(args.control_key_file) if args.control_key_file else new_key()
     shm_prefix = f"retrieval-triton-{secrets.token_hex(4)}-"
-    asked_at = LOOPBACK if args.http_address == EVERYWHERE else args.http_address
-    listening = [f"--http-address={args.http_address}", f"--http-port={args.http_port}"]
+    listening = [f"--{name}-address={in_the_clear_at(args, more)}" for name in ("http", "metrics")]
+    listening += [f"--http-port={args.http_port}", f"--metrics-port={args.metrics_port}"]
     flags = [*kept_flags(shm_prefix, key), *listening, *more]
     probes, profile = Probes.load(release), profile_from(args)
     if profile:
@@ -119,7 +140,7 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         triton_command(release, target, flags),
         os.environ,
         shm_prefix,
-        OwnHttp(asked_at, args.http_port, key, cached=bool(profile and profile.query_cache_mb)),
+        own_http(args, more, key, cached=bool(profile and profile.query_cache_mb)),
         (),
         probes,
         sys.stderr,

@@ -43,15 +43,15 @@ def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
 class Instance:
     """How the server is started, and the process that it is now.
 
-    `ports` are further ones that must be open before it is ready. `shm_prefix` is the name of its
-    shared memory, which no other server has.
+    `doors` are further addresses and ports that must be open before it is ready. `shm_prefix` is
+    the name of its shared memory, which no other server has.
     """
 
     args: Sequence[str]
     env: Mapping[str, str]
     shm_prefix: str
     http: OwnHttp
-    ports: Sequence[int]
+    doors: Sequence[tuple[str, int]]
     probes: Probes
     log: IO[str]
     ready_s: float = READY_S
@@ -104,8 +104,8 @@ class Instance:
             try:
                 check_release_of(self.http, self.probes, ASK_S)
                 self.http.probe(self.probes, ASK_S)
-                for port in self.ports:
-                    socket.create_connection((self.http.host, port), timeout=1.0).close()
+                for door in self.doors:
+                    socket.create_connection(door, timeout=1.0).close()
                 return
             except ReleaseMismatch:
                 raise  # waiting does not make other weights right

@@ -15,7 +15,7 @@ from pathlib import Path
 from deploy.beside import add_run_flag, in_terminal, run_beside
 from deploy.query_cache import add_cache_flag
 from deploy.security import Tls, read_key
-from deploy.server import LATEST, LOOPBACK, Server, choose_ports, triton
+from deploy.server import LATEST, LOOPBACK, Server, choose_ports, http_host_of, triton
 from deploy.supervisor import HUNG_S, Restarts, Supervisor, say
 from deploy.tuning import add_profile_flag, profile_from
 from deploy.wheel import SERVER_PYTHON
@@ -29,13 +29,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--release", type=Path, default=LATEST, help="folder; default: latest")
     top.add_argument("--server-python", type=Path, default=SERVER_PYTHON)
     top.add_argument("--host", default=LOOPBACK, help="address to listen on")
+    top.add_argument(
+        "--http-host",
+        help="of HTTP and metrics, which have no TLS; default: --host, with TLS loopback",
+    )
     top.add_argument("--grpc-port", type=int, default=8001, help="0 = any free one")
     top.add_argument("--http-port", type=int, default=8000)
     top.add_argument("--metrics-port", type=int, default=8002)
     top.add_argument("--tls-cert", type=Path, help="PEM, whole chain: encrypts gRPC")
     top.add_argument("--tls-key", type=Path)
     top.add_argument("--tls-root", type=Path, help="PEM: callers need a certificate of this one")
-    top.add_argument("--tls-name", default="", help="in the certificate; default: --host")
     top.add_argument(
         "--control-key-file",
         type=Path,
@@ -55,13 +58,16 @@ def main() -> None:
     """Command line: serve until Ctrl-C or SIGTERM."""
     args = parser().parse_args()
     with in_terminal(args):
-        ports = choose_ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
+        tls = tls_of(args)
+        http_host = http_host_of(args.host, tls, args.http_host)
+        wanted = (args.grpc_port, args.http_port, args.metrics_port)
         with triton(
             args.release,
             server_python=args.server_python,
             host=args.host,
-            ports=ports,
-            tls=tls_of(args),
+            http_host=http_host,
+            ports=choose_ports(args.host, *wanted, http_host),
+            tls=tls,
             control_key=read_key(args.control_key_file) if args.control_key_file else None,
             profile=profile_from(args),
             otel_url=args.otel_url,
@@ -70,7 +76,7 @@ def main() -> None:
             with supervised(server, args.hung_s) as supervisor:
                 if args.run:
                     address = {"RETRIEVAL_TRITON": server.grpc_address}
-                    raise SystemExit(run_beside(args.run, address))
+                    raise SystemExit(run_beside(args.run, address, look=supervisor.wait))
                 supervisor.wait()
 
 
@@ -93,7 +99,7 @@ def tls_of(args: argparse.Namespace) -> Tls | None:
         return None
     if not (args.tls_cert and args.tls_key):
         raise DeployError("TLS: expected --tls-cert and --tls-key, got one of them; give both")
-    return Tls(args.tls_cert, args.tls_key, args.tls_root, args.tls_name)
+    return Tls(args.tls_cert, args.tls_key, args.tls_root)
 
 
 def _announce(server: Server) -> None:
@@ -104,8 +110,8 @@ def _announce(server: Server) -> None:
         file=sys.stderr,
     )
     print(f"  gRPC    {server.grpc_address}", file=sys.stderr)
-    print(f"  HTTP    http://{server.host}:{server.ports.http}", file=sys.stderr)
-    print(f"  metrics http://{server.host}:{server.ports.metrics}/metrics", file=sys.stderr)
+    print(f"  HTTP    http://{server.http_host}:{server.ports.http}", file=sys.stderr)
+    print(f"  metrics http://{server.http_host}:{server.ports.metrics}/metrics", file=sys.stderr)
     print(f"  models  {', '.join(e.name for e in models.ENSEMBLES)}; Ctrl-C stops", file=sys.stderr)
 
 

@@ -7,10 +7,12 @@ extensions for binary tensors, statistics and the model repository.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import re
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,25 @@ ALIVE: Mapping[Ensemble, Mapping[str, Sequence[bytes]]] = {
 
 
 @dataclass(frozen=True)
+class Done:
+    """What a server has done of one ensemble: requests answered, and of its first step, runs and
+    pictures; 0 where nobody counts these.
+    """
+
+    answered: int
+    runs: int = 0
+    pictures: int = 0
+
+    def more_than(self, before: Done) -> bool:
+        """Whether it gets on: somebody was answered, or a run of many pictures is not over yet.
+
+        A run that is over, and nobody answered, is no sign of life: what comes after it may hang.
+        """
+        same_run = self.runs == before.runs
+        return self.answered != before.answered or (same_run and self.pictures != before.pictures)
+
+
+@dataclass(frozen=True)
 class OwnHttp:
     """Where a server's HTTP listens, and the key to its controls.
 
@@ -44,6 +65,7 @@ class OwnHttp:
 
     host: str
     port: int
+    metrics_port: int
     control_key: str = field(repr=False)
     cached: bool = False
 
@@ -117,14 +139,22 @@ class OwnHttp:
             return False
         return True
 
-    def done(self, names: Collection[str], timeout_s: float) -> int:
-        """Requests that these models have answered well: those given up count as failures."""
-        stats = self._ask("GET", "/stats", timeout_s)["model_stats"]
-        return sum(
-            model["inference_stats"]["success"]["count"]
-            for model in stats
-            if model["name"] in names
-        )
+    def done(self, ensemble: Ensemble, timeout_s: float) -> Done:
+        """See Done. Where it is no ensemble but one Python model, its runs are its answers.
+
+        Of a Python model Triton counts as answered what its door has let in, and a part of an
+        ensemble that hangs hides behind another that gets on: only the ensemble's own count tells.
+        """
+        name, first = self.behind(ensemble), ensemble.steps[0].name
+        stats = self._ask("GET", f"/{name}/stats", timeout_s)["model_stats"]
+        answered = sum(version["inference_stats"]["success"]["count"] for version in stats)
+        text = ""
+        with contextlib.suppress(ServerError):  # it may tell none: --allow-metrics=false
+            text = self._read("GET", "/metrics", timeout_s, port=self.metrics_port).decode()
+        found = re.findall(r'^(\w+){model="(\w+)"} (\S+)$', text, re.MULTILINE)
+        counts = {(metric, model): int(float(count)) for metric, model, count in found}
+        runs, pictures = (counts.get((m, first), 0) for m in (models.RUNS, models.PICTURES))
+        return Done(counts.get((models.RUNS, name), answered), runs, pictures)
 
     def load(self, model: str, timeout_s: float) -> None:
         """Does nothing where the model is loaded."""
@@ -152,20 +182,34 @@ class OwnHttp:
         headers: Mapping[str, str] | None = None,
         root: str = "/v2/models",
     ) -> Any:
-        """The answer's JSON; ServerUnavailable when nobody answers, ServerError for a refusal."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+        """The answer's JSON."""
+        text = self._read(method, root + path, timeout_s, body, headers)
+        return json.loads(text) if text else {}
+
+    def _read(
+        self,
+        method: str,
+        path: str,
+        timeout_s: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        port: int = 0,
+    ) -> bytes:
+        """The answer; ServerUnavailable when nobody answers, ServerError for a refusal."""
+        port = port or self.port
+        connection = http.client.HTTPConnection(self.host, port, timeout=timeout_s)
         try:
-            connection.request(method, root + path, body, dict(headers or {}))
+            connection.request(method, path, body, dict(headers or {}))
             reply = connection.getresponse()
             text = reply.read()
         except (OSError, http.client.HTTPException) as exc:
-            raise ServerUnavailable(f"http://{self.host}:{self.port}{path}: {exc!r}") from exc
+            raise ServerUnavailable(f"http://{self.host}:{port}{path}: {exc!r}") from exc
         finally:
             connection.close()
         if reply.status != http.client.OK:
             said = text.decode("utf-8", "replace")
-            raise ServerError(f"http://{self.host}:{self.port}{path}: {reply.status} {said}")
-        return json.loads(text) if text else {}
+            raise ServerError(f"http://{self.host}:{port}{path}: {reply.status} {said}")
+        return text
 
 
 def check_release_of(server: OwnHttp, probes: Probes, timeout_s: float) -> None:

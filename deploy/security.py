@@ -20,15 +20,11 @@ HEADER = "control"
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files: the server's certificate and key; with `root`, callers need one signed by it.
-
-    `name` is the one in the certificate, where the address is not it.
-    """
+    """PEM files: the server's certificate and key; with `root`, callers need one signed by it."""
 
     cert: Path
     key: Path
     root: Path | None = None
-    name: str = ""
 
     def flags(self) -> list[str]:
         """Triton's; DeployError when a file is not there."""

@@ -46,9 +46,13 @@ class Ports:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it listens, what it serves, and how it is started again."""
+    """A running server: where it listens, what it serves, and how it is started again.
+
+    `http_host` is the address of HTTP and metrics.
+    """
 
     host: str
+    http_host: str
     ports: Ports
     release: Release
     triton: str
@@ -98,18 +102,30 @@ def _files(repository: Path, release: Release, target: Target) -> Iterator[Path]
         yield from (home / version / name for name in names)
 
 
-def choose_ports(host: str, grpc: int = 0, http: int = 0, metrics: int = 0) -> Ports:
+def http_host_of(host: str, tls: Tls | None, said: str | None = None) -> str:
+    """Where HTTP and metrics listen: who encrypts gRPC must not be passed by on their ports."""
+    return said or (LOOPBACK if tls else host)
+
+
+def choose_ports(
+    host: str, grpc: int = 0, http: int = 0, metrics: int = 0, http_host: str | None = None
+) -> Ports:
     """Free ports where 0 is given; DeployError when a given one is taken."""
     chosen: list[int] = []
+    other = http_host or host
     with contextlib.ExitStack() as held:  # hold all of them, so that no two are the same
-        for name, port in (("gRPC", grpc), ("HTTP", http), ("metrics", metrics)):
+        for name, at, port in (
+            ("gRPC", host, grpc),
+            ("HTTP", other, http),
+            ("metrics", other, metrics),
+        ):
             probe = held.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
+                probe.bind((at, port))
             except OSError as exc:
                 raise DeployError(
-                    f"{name} port {port} on {host}: {exc.strerror}; stop what listens there or "
+                    f"{name} port {port} on {at}: {exc.strerror}; stop what listens there or "
                     f"choose another (0 = any free one)"
                 ) from exc
             chosen.append(probe.getsockname()[1])
@@ -121,6 +137,7 @@ def command(
     backends: Path,
     repository: Path,
     host: str,
+    http_host: str,
     ports: Ports,
     target: Target,
     more: Sequence[str],
@@ -134,8 +151,8 @@ def command(
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
     }
-    for protocol in ("grpc", "http", "metrics"):
-        flags[f"{protocol}-address"] = host
+    for protocol, address in (("grpc", host), ("http", http_host), ("metrics", http_host)):
+        flags[f"{protocol}-address"] = address
         flags[f"{protocol}-port"] = getattr(ports, protocol)
     binary = str(wheel.triton / "bin" / "tritonserver")
     settings = [f"--{name}={value}" for name, value in flags.items()]
@@ -148,6 +165,7 @@ def triton(
     *,
     server_python: Path = SERVER_PYTHON,
     host: str = LOOPBACK,
+    http_host: str | None = None,
     ports: Ports | None = None,
     log: IO[str] = sys.stderr,
     tls: Tls | None = None,
@@ -159,11 +177,13 @@ def triton(
 
     Whatever it leaves (stubs, shared memory) is removed. Raises DeployError when it cannot
     start, with the lines of its log that say why, and ReleaseMismatch when it gives other vectors.
-    Without a `profile` the configs are those of the release.
+    Without a `profile` the configs are those of the release; without an `http_host` HTTP and
+    metrics listen on `host`, and with TLS, which they have not, on loopback.
     """
     wheel = find_wheel(server_python)
     release = check_release(release_folder, Target.LOCAL)
-    ports = ports or choose_ports(host)
+    http_host = http_host_of(host, tls, http_host)
+    ports = ports or choose_ports(host, http_host=http_host)
     with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
@@ -172,19 +192,21 @@ def triton(
         profile = profile or Profile()
         more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
         more += [*trace_flags(otel_url), *lay_over(profile, repository)]
-        args = command(wheel, backends, repository, host, ports, Target.LOCAL, more)
+        args = command(wheel, backends, repository, host, http_host, ports, Target.LOCAL, more)
         instance = Instance(
             args,
             _environment(wheel),
             shm_prefix,
-            OwnHttp(host, ports.http, control_key, cached=bool(profile.query_cache_mb)),
-            (ports.grpc, ports.metrics),
+            OwnHttp(
+                http_host, ports.http, ports.metrics, control_key, bool(profile.query_cache_mb)
+            ),
+            ((host, ports.grpc), (http_host, ports.metrics)),
             Probes.load(release_folder),
             log,
         )
         try:
             instance.start()
-            yield Server(host, ports, release, instance.http.version(ASK_S), instance)
+            yield Server(host, http_host, ports, release, instance.http.version(ASK_S), instance)
         finally:
             instance.stop(lambda: shutil.rmtree(scratch, ignore_errors=True))
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deploy.instance import Instance
-from deploy.own_http import ALIVE
+from deploy.own_http import ALIVE, Done
 from deploy.stubs import SHARED_MEMORY, kill, stubs_of, sweep
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError, ServerError
@@ -31,7 +31,7 @@ EVERY_S = 0.5
 ASK_S = 2.0
 """What a probe may take before it counts as unanswered."""
 HUNG_S = 15.0
-"""So long unanswered, and nothing of that model done meanwhile: it hangs. A queue is no hang."""
+"""So long unanswered, and nobody else answered meanwhile: it hangs. A queue is no hang."""
 LOAD_S = 30.0
 RELOADS = 3
 """Attempts to load one model again, in a row, before the whole server is started again."""
@@ -152,7 +152,7 @@ class Supervisor(threading.Thread):
     def _forget(self) -> None:
         """What was known of the processes that are gone."""
         self.expected = Counter(stub.model for stub in stubs_of(self.instance.process.pid))
-        self._unanswered: dict[str, tuple[float, int]] = {}
+        self._unanswered: dict[str, tuple[float, Done | None]] = {}
         self._killed: set[str] = set()
         """Ensembles that have not answered since something of them was killed."""
         self._reloads: Counter[str] = Counter()
@@ -175,29 +175,29 @@ class Supervisor(threading.Thread):
             return
         except ServerError:
             pass  # too late, or "not healthy" of a process that is there but stands still
-        parts = [self.http.behind(ensemble), *(step.name for step in ensemble.steps)]
-        done = self._done(parts)
+        done = self._done(ensemble)
         since, before = self._unanswered.setdefault(name, (time.monotonic(), done))
-        if done != before:
+        if done.more_than(before) if done and before else done is not before:
             self._unanswered[name] = (time.monotonic(), done)
         elif time.monotonic() - since > self.hung_s and not self._over.is_set():
             del self._unanswered[name]
-            if done < 0:
+            if done is None:
                 raise _Lost("Triton answers nothing, not even what it has done")
             if name in self._killed:
                 raise _Lost(f"{name} stays silent, though what it runs on was loaded again")
             self._killed.add(name)
+            parts = [self.http.behind(ensemble), *(step.name for step in ensemble.steps)]
             for stub in stubs_of(self.instance.process.pid):
                 if stub.model in parts:
                     self.say(f"{stub.model} hangs: killed")
                     kill(stub)
 
-    def _done(self, names: list[str]) -> int:
-        """As the server counts; negative when it does not even say that."""
+    def _done(self, ensemble: Ensemble) -> Done | None:
+        """As the server counts; None when it does not even say that."""
         try:
-            return self.http.done(names, ASK_S)
+            return self.http.done(ensemble, ASK_S)
         except ServerError:
-            return -1
+            return None
 
     def _reload(self, model: str, why: str) -> None:
         """Unload, wait until it is gone, load; then what is made of it."""

@@ -17,13 +17,13 @@ import triton_python_backend_utils as pb_utils
 
 from retrieval_contract.door import Refusal
 from retrieval_contract.errors import ItemError
-from retrieval_contract.models import QUERY_MASK, TITLE_MASK
+from retrieval_contract.models import PICTURES, QUERY_MASK, RUNS, TITLE_MASK
 from retrieval_contract.release import RELEASE_PARAMETER
 from retrieval_contract.tensors import Array
 
 EVERY_S = 0.5
 """Between two tellings."""
-RUNS, ROWS = "retrieval_runs_total", "retrieval_rows_total"
+ROWS = "retrieval_rows_total"
 TOKENS, PADDING = "retrieval_tokens_total", "retrieval_padding_tokens_total"
 ITEMS_REFUSED = "retrieval_items_refused_total"
 REQUESTS_REFUSED = "retrieval_requests_refused_total"
@@ -33,6 +33,7 @@ COUNTERS = {
     ROWS: "Rows in these runs",
     TOKENS: "Text tokens in these runs, padding not counted",
     PADDING: "Padded positions in these runs: computed for nothing",
+    PICTURES: "Pictures decoded, or refused, in these runs",
     ITEMS_REFUSED: "Rows that got an item_status instead of a vector, by its reason",
     REQUESTS_REFUSED: "Whole requests that were turned away, by reason",
 }
@@ -58,7 +59,7 @@ class Meters:
         )
         self._release = self._info.Metric(labels={"model": model, RELEASE_PARAMETER: release_id})
         self._release.set(1)
-        names = [RUNS, ROWS, TOKENS, PADDING]
+        names = [RUNS, ROWS, TOKENS, PADDING, PICTURES]
         reasons = [(REQUESTS_REFUSED, reason) for reason in Refusal]
         # Known from the start: a counter that appears with its first count hides that count.
         self._counts: Counter[Key] = Counter(
@@ -81,6 +82,10 @@ class Meters:
             self._counts[TOKENS, ""] += tokens
             self._counts[PADDING, ""] += mask.size - tokens
         self.refused_items(status)
+
+    def looked_at_picture(self) -> None:
+        """One more of the run that is going on; many large ones take it minutes."""
+        self._add(PICTURES, "")
 
     def refused_items(self, status: Iterable[str]) -> None:
         """Those of some rows' statuses that are not empty."""

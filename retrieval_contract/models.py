@@ -101,6 +101,10 @@ class Target(StrEnum):
     LOCAL = "local"  # the Python backend: the wheel's server has no other
 
 
+RUNS, PICTURES = "retrieval_runs_total", "retrieval_pictures_total"
+"""Metrics by which to see from outside whether a Python model gets on: Triton counts as answered
+what its door (`door.py`) has let in."""
+
 PRECISION = "precision"
 """Parameter of a config of ours that runs a graph, and field of `release.json`."""
 

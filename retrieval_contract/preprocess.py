@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +171,8 @@ class ImagePreprocessor:
         from PIL import Image
 
         self.spec = spec
+        self.on_picture: Callable[[], None] | None = None
+        """Told after each."""
         self._resample = {
             "bilinear": Image.Resampling.BILINEAR,
             "bicubic": Image.Resampling.BICUBIC,
@@ -192,6 +194,8 @@ class ImagePreprocessor:
                 status[i] = str(exc)
             except Exception as exc:
                 status[i] = _internal("scaling", exc)
+            if self.on_picture:
+                self.on_picture()
         return ImageBatch(pixels, present, status)
 
     def pixels(self, raw: bytes) -> Array:

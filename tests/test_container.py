@@ -118,6 +118,7 @@ def test_it_starts_triton_on_the_processor(image: Path, release_folder: Path) ->
         f"--exit-timeout-secs={DRAIN_S}",
         "--model-control-mode=explicit",
         "--http-port=8123",
+        "--metrics-address=0.0.0.0",
         "--log-verbose=1",
         key.replace("grpc-restricted-protocol", "http-restricted-api"),
     } <= set(said)
@@ -136,11 +137,30 @@ def test_without_a_gpu_the_flag_decides(image: Path, release_folder: Path, tmp_p
     assert "error: expected a GPU" in refused.stderr
 
 
-def test_it_needs_http_to_watch_the_server(image: Path, release_folder: Path) -> None:
+@pytest.mark.parametrize("said", [["--allow-http=0"], ["--allow-http", "False"]])
+def test_it_needs_http_to_watch_the_server(
+    image: Path, release_folder: Path, said: list[str]
+) -> None:
     where = [f"--tag={TAG}", "--target=cpu", f"--release={release_folder}"]
-    refused = start(image, *where, "--allow-http=false")
+    refused = start(image, *where, *said)
     assert refused.returncode == 1
     assert "--http-address=127.0.0.1" in refused.stderr
+
+
+def test_a_release_that_is_not_mounted_is_said(image: Path, tmp_path: Path) -> None:
+    refused = start(image, f"--tag={TAG}", "--target=cpu", f"--release={tmp_path}")
+    assert refused.returncode == 1
+    assert f"error: {tmp_path}/release.json" in refused.stderr
+    assert "probes" not in refused.stderr
+
+
+def test_what_has_no_tls_stays_inside_where_grpc_has_it() -> None:
+    def where(*flags: str) -> str:
+        return container.in_the_clear_at(*container.parser().parse_known_args(flags))
+
+    assert where("--http-port=1") == container.EVERYWHERE
+    assert where("--grpc-use-ssl=true", "--grpc-server-cert=x") == LOOPBACK
+    assert where("--grpc-use-ssl-mutual", "true", "--http-address=0.0.0.0") == container.EVERYWHERE
 
 
 # ── on the real server, as process 1 ─────────────────────────────────────────────────────

@@ -7,31 +7,29 @@ run against the real server.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from deploy.health import check, flags_of
+from deploy.own_http import OwnHttp
 from deploy.server import LOOPBACK, Server, choose_ports
 from deploy.versions import TABLE
 from deploy.wheel import SERVER_PYTHON
 from retrieval_contract import models
+from retrieval_contract.errors import ServerError, ServerUnavailable
 from tests.conftest import ROOT
 
 DOCKERFILE = ROOT / "Dockerfile"
 PIN = re.compile(r"(?<![\w.-])([A-Za-z0-9_.-]+)==(\w[\w.]*)")
-HEALTH_PORT = ":8000/"
 
 
 def instructions(stage: str = "") -> list[str]:
@@ -140,7 +138,7 @@ def test_the_build_context_is_a_list_of_what_may_enter() -> None:
 def test_no_secret_and_no_index_is_written_down() -> None:
     text = DOCKERFILE.read_text("utf-8")
     assert "index-url" not in text.lower()
-    assert "http" not in text.replace("http://127.0.0.1:", "")
+    assert "http" not in text
     assert not re.search(r"(ARG|ENV)\s+\w*(TOKEN|PASSWORD|SECRET|KEY)", text, re.I)
     assert "<<" not in text
     assert "COPY --link" not in text
@@ -171,63 +169,21 @@ def test_export_runs_the_room_of_that_name() -> None:
     assert only("USER", "export") == "1001"
 
 
-def curl(*arguments: str) -> int:
-    """What curl does with these arguments, as its exit code; any other argument is an error.
-
-    So that the check is tested where curl is not installed, too.
-    """
-    flags = argparse.ArgumentParser()
-    flags.add_argument("-fsS", action="store_true", required=True)
-    flags.add_argument("--fail-early", action="store_true")
-    flags.add_argument("-m", type=float, required=True)
-    flags.add_argument("-o", choices=[os.devnull], required=True)
-    flags.add_argument("-d", action="append", required=True)
-    flags.add_argument("url")
-    transfers: list[list[str]] = [[]]
-    for argument in arguments:
-        if argument == "--next":
-            transfers.append([])
-        else:
-            transfers[-1].append(argument)
-    assert "--fail-early" in transfers[0], "else the last transfer alone decides"
-    for asked in map(flags.parse_args, transfers):
-        try:
-            parts = [Path(d[1:]).read_text().strip() if d[0] == "@" else d for d in asked.d]
-            urllib.request.urlopen(asked.url, "&".join(parts).encode(), timeout=asked.m).read()
-        except urllib.error.HTTPError:
-            return 22
-        except OSError:
-            return 7
-    return 0
+def health_check(http_port: int) -> None:
+    """The serve image's own, where process 1 was told another port than the usual one."""
+    command = json.loads(only("HEALTHCHECK", "serve").partition("CMD ")[2])
+    assert command == ["python3", "-m", "deploy.health"]
+    check([f"--http-port={http_port}", "--log-verbose=1"])
 
 
-def run_curl(*arguments: str) -> int:
-    """The real one's exit code."""
-    return subprocess.run(["curl", *arguments], capture_output=True, timeout=30).returncode
-
-
-CURLS = [curl, *([run_curl] if shutil.which("curl") else [])]
-Curl = Callable[..., int]
-
-
-def health_check(by: Curl, http_port: int, replace: tuple[str, str] = ("", "")) -> int:
-    """The serve image's own command, against another port; its exit code."""
-    program, *arguments = json.loads(only("HEALTHCHECK", "serve").partition("CMD ")[2])
-    assert program == "curl"
-    moved = [a.replace(HEALTH_PORT, f":{http_port}/").replace(*replace) for a in arguments]
-    assert moved != arguments
-    return by(*moved)
-
-
-@pytest.mark.parametrize("by", CURLS)
-def test_the_health_check_infers_through_both_ensembles(triton: Server, by: Curl) -> None:
+def test_the_health_check_infers_through_both_ensembles(triton: Server) -> None:
     def inferences() -> dict[str, int]:
         url = f"http://{triton.host}:{triton.ports.http}/v2/models/stats"
         stats = json.loads(urllib.request.urlopen(url, timeout=10).read())
         return {m["name"]: m["inference_stats"]["success"]["count"] for m in stats["model_stats"]}
 
     before = inferences()
-    assert health_check(by, triton.ports.http) == 0
+    health_check(triton.ports.http)
     inside = {step.name for ensemble in models.IN_ONE for step in ensemble.steps}
     expected = {name: int(name not in inside) for name in before}
     end = time.monotonic() + 5  # the server counts after it has answered
@@ -237,15 +193,24 @@ def test_the_health_check_infers_through_both_ensembles(triton: Server, by: Curl
 
 
 @pytest.mark.parametrize("broken", ["query_encoder", "product_encoder"])
-@pytest.mark.parametrize("by", CURLS)
 def test_the_health_check_fails_when_one_ensemble_does(
-    triton: Server, by: Curl, broken: str
+    triton: Server, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that the server does not have answers like one that has died: with an error."""
-    sick = (f"models/{broken}/", "models/dead/")
-    assert health_check(by, triton.ports.http, sick) == 22
+    monkeypatch.setattr(OwnHttp, "behind", lambda _, e: "dead" if e.name == broken else e.name)
+    with pytest.raises(ServerError, match="dead"):
+        health_check(triton.ports.http)
 
 
-@pytest.mark.parametrize("by", CURLS)
-def test_the_health_check_fails_when_nobody_answers(by: Curl) -> None:
-    assert health_check(by, choose_ports(LOOPBACK).http) == 7
+def test_the_health_check_fails_when_nobody_answers() -> None:
+    with pytest.raises(ServerUnavailable):
+        health_check(choose_ports(LOOPBACK).http)
+
+
+@pytest.mark.parametrize("before", ["", "/sbin/docker-init\0--\0"])
+def test_the_health_check_knows_what_process_1_was_told(before: str, tmp_path: Path) -> None:
+    line = tmp_path / "cmdline"
+    line.write_text(f"{before}python3\0-m\0deploy.container\0--http-port\x008123\0")
+    assert flags_of(line) == ["--http-port", "8123"]
+    line.write_text("/sbin/init\0")
+    assert flags_of(line) == []

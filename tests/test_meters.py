@@ -87,6 +87,7 @@ def test_known_requests_are_counted_exactly(
             ("items_refused", "product_preprocessor", "image_format"): 1,
         }
     )
+    expected["pictures", "product_preprocessor", ""] = len(images)
     for model in ("product_preprocessor", "product_tower"):
         expected["runs", model, ""] = 1
         expected["rows", model, ""] = len(titles)

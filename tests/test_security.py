@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from deploy.security import CONTROLS, Tls, control_flags, new_key, read_key
-from deploy.server import Server, triton
+from deploy.server import LOOPBACK, Server, http_host_of, triton
 from retrieval_client import Encoder, RetrievalError, Settings
 from retrieval_client.channel import channel_to
 from retrieval_contract.errors import DeployError, ServerUnavailable
 from tests.certificates import authority, certificate
 
 KEY = "a-key-of-the-test"
+AWAY = "127.0.0.2"
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +40,28 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded(
     release_folder: Path, papers: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server that asks callers for a certificate, and for a key before it is controlled."""
+    """A server that asks callers for a certificate, and for a key before it is controlled.
+
+    At another address than loopback's usual one, as a server for other machines is.
+    """
     log = tmp_path_factory.mktemp("guarded") / "log"
     tls = Tls(papers / "server.pem", papers / "server.key", papers / "ours.pem")
     with (
         log.open("w") as lines,
-        triton(release_folder, log=lines, tls=tls, control_key=KEY) as server,
+        triton(release_folder, host=AWAY, log=lines, tls=tls, control_key=KEY) as server,
     ):
         yield server
     assert KEY not in log.read_text()
+
+
+def test_what_has_no_tls_is_not_where_callers_from_elsewhere_are(guarded: Server) -> None:
+    ports = (guarded.ports.grpc, guarded.ports.http, guarded.ports.metrics)
+    socket.create_connection((AWAY, ports[0]), timeout=5).close()
+    for port in ports[1:]:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((AWAY, port), timeout=5)
+        socket.create_connection((LOOPBACK, port), timeout=5).close()
+    assert http_host_of(AWAY, None) == http_host_of(LOOPBACK, None, AWAY) == AWAY
 
 
 def settings(server: Server, papers: Path, **names: str) -> Settings:
@@ -61,9 +76,9 @@ def test_who_shows_a_certificate_is_served(guarded: Server, papers: Path) -> Non
 
 
 def test_replicas_are_asked_by_their_common_name(guarded: Server, papers: Path) -> None:
-    """Two addresses of one server; the certificate names neither as gRPC would look for it."""
+    """Two spellings of one server's address; the certificate does not name the second."""
     paths = {"tls_ca": "ours.pem", "tls_cert": "client.pem", "tls_key": "client.key"}
-    twice = f"{guarded.grpc_address},localhost:{guarded.ports.grpc}"
+    twice = f"{guarded.grpc_address},127.2:{guarded.ports.grpc}"
     both = settings(guarded, papers, **paths).override(triton=twice)
     with Encoder(both.override(tls_name="127.0.0.1")) as encoder:
         for _ in range(4):

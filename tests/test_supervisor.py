@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import server_kills, stub_kills
+from deploy.beside import run_beside
+from deploy.own_http import Done
 from deploy.server import Server, triton
 from deploy.stubs import Stub, regions, stubs_of
 from deploy.supervisor import Restarts, Supervisor
@@ -35,7 +37,7 @@ TEXTS = [f"red shoes number {n}" for n in range(24)]
 @pytest.fixture(scope="module")
 def serving(release_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     log = tmp_path_factory.mktemp("supervised") / "log"
-    with serve(release_folder, log, hung_s=2.0) as running:
+    with serve(release_folder, log, hung_s=5.0) as running:
         running.address  # noqa: B018 (waits until it is ready)
         yield running
 
@@ -107,7 +109,8 @@ def test_a_server_that_answers_nothing_is_started_again(
 
 
 def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Path) -> None:
-    """After so many attempts, and with the server's own words. Others' memory stays."""
+    """After so many attempts, and with the server's own words; a command beside it ends. Others'
+    memory stays."""
     strangers = Path("/dev/shm/retrieval-triton-of-somebody-else")
     strangers.touch()
     try:
@@ -118,7 +121,7 @@ def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Pat
                 graph.unlink()
             os.kill(server.process.pid, signal.SIGKILL)
             with pytest.raises(DeployError, match=r"(?s)2 times .* given up.*product_tower") as why:
-                watch.wait(60)
+                run_beside(["sleep", "60"], {}, look=watch.wait)
             assert "model.onnx" in str(why.value)
             assert [line[:30] for line in said] == [
                 "Triton is gone (SIGKILL); its ",
@@ -170,19 +173,32 @@ def test_full_shared_memory_is_said_and_survived(release_folder: Path, tmp_path:
     assert re.search(r"supervisor: /dev/shm is full \(\d MiB of 16 MiB are left\)", done.stderr)
 
 
-def test_a_model_that_hangs_is_killed_and_loaded_again(serving: Serving) -> None:
-    hanging = stub_of(serving, "query_encoder")
-    os.kill(hanging.pid, signal.SIGSTOP)
-    serving.said(r"(query_encoder hangs: killed)", within_s=20)
+def test_models_that_hang_are_killed_and_loaded_again(serving: Serving) -> None:
+    """The tower of the products hides behind a preprocessor that lets everybody in."""
+    hanging = [stub_of(serving, model) for model in ("query_encoder", "product_tower")]
+    for stub in hanging:
+        os.kill(stub.pid, signal.SIGSTOP)
+    for stub in hanging:
+        serving.said(rf"({stub.model} hangs: killed)", within_s=30)
     end = time.monotonic() + 20
     with Encoder(Settings(triton=serving.address, timeout_s=2.0)) as encoder:
         while True:
             try:
                 assert encoder.encode_queries(["red shoes"]).errors == [None]
+                assert encoder.encode_products(["red shoes"], [b""]).errors == [None]
                 break
             except RetrievalError:
                 assert time.monotonic() < end, serving.log.read_text()[-2000:]
-    assert stub_of(serving, "query_encoder").pid != hanging.pid
+    for stub in hanging:
+        assert stub_of(serving, stub.model).pid != stub.pid
+
+
+def test_a_run_that_goes_on_is_a_sign_of_life_and_one_that_is_over_is_none() -> None:
+    before = Done(answered=7, runs=3, pictures=40)
+    assert Done(8, 3, 40).more_than(before)
+    assert Done(7, 3, 41).more_than(before)
+    assert not Done(7, 4, 80).more_than(before), "what comes after it may hang"
+    assert not before.more_than(before)
 
 
 MUTE = """
@@ -192,6 +208,10 @@ class TritonPythonModel(OnnxQueryEncoder):
         def said(request):
             return pb_utils.get_input_tensor_by_name(request, "query").as_numpy().tolist()
         super().execute([request for request in requests if said(request) != [[b"say nothing"]]])
+    def compute(self, *arrays):
+        while [b"loop for ever"] in arrays[0].tolist():
+            pass
+        return super().compute(*arrays)
 """
 SLOW = """
 import threading
@@ -257,8 +277,22 @@ def test_an_answer_that_takes_most_of_the_time_is_taken(odd: tuple[Settings, lis
         assert time.monotonic() - began < 5
 
 
+def test_a_model_that_loops_is_killed_and_loaded_again(odd: tuple[Settings, list[str]]) -> None:
+    """It goes on letting everybody in, and answers nobody."""
+    settings, said = odd
+    with Encoder(settings) as looping, pytest.raises(RetrievalError):
+        looping.encode_queries(["loop for ever"])
+    end = time.monotonic() + 20
+    while not any("query_encoder: a process of it had died; loaded" in line for line in said):
+        assert time.monotonic() < end, said
+        time.sleep(0.1)
+    assert "query_encoder hangs: killed" in said
+    with Encoder(settings) as encoder:
+        assert encoder.encode_queries(["red shoes"]).errors == [None]
+
+
 def test_a_busy_server_is_left_alone(serving: Serving) -> None:
-    """Minutes of queue are no hang: as long as work gets done nobody is killed."""
+    """Minutes of queue are no hang, nor are large pictures: as long as work gets done."""
     end = time.monotonic() + 20
     while len(before := {stub.pid for stub in stubs_of(server_group(serving))}) < STUBS:
         assert time.monotonic() < end, "what a test before killed is still away"

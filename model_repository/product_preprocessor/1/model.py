@@ -14,6 +14,7 @@ class TritonPythonModel(BehindDoor):
     def load(self, args: dict[str, str]) -> None:
         tokenizer = (version_folder(args) / TOKENIZER_FILE).read_text("utf-8")
         self.products = ProductPreprocessor(tokenizer, text_spec(args), image_spec(args))
+        self.products.image.on_picture = self.meters.looked_at_picture
 
     def compute(self, *arrays: Array) -> dict[str, Array]:
         batch = self.products(*(array.reshape(-1).tolist() for array in arrays))
