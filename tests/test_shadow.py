@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from deploy.server import LOOPBACK, choose_ports, triton
-from retrieval_client import Encoders, ProductSearch, Settings
+from retrieval_client import AsyncProductSearch, Encoders, ProductSearch, Settings
 from retrieval_client.__main__ import main
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.collection import Ask
+from retrieval_client.options import Options
 from retrieval_client.push import Push
 from retrieval_client.shadow import WAITING, Shadow
 from retrieval_client.sources import SourceRow
@@ -117,3 +120,16 @@ def test_a_candidate_that_hangs_holds_nobody_up(settings: Settings) -> None:
     assert report.failed >= 1
     shadow.close()
     assert time.monotonic() - start < 10
+
+
+def test_an_awaited_client_closes_at_once_whatever_its_shadow_waits_for(settings: Settings) -> None:
+    async def ask() -> float:
+        with socket.create_server((LOOPBACK, 0)) as silent:
+            away = f"http://{LOOPBACK}:{silent.getsockname()[1]}"
+            async with AsyncProductSearch(settings.override(shadow=100, milvus=away)) as search:
+                search.shadow.offer(["red dress"], Options(), [[]], 0.01)
+                await asyncio.sleep(0.2)
+                started = time.monotonic()
+            return time.monotonic() - started
+
+    assert asyncio.run(ask()) < 0.5

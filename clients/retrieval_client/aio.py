@@ -21,6 +21,7 @@ from retrieval_client.options import OptionFields, Options
 from retrieval_client.query import Query
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
+from retrieval_client.shadow import Shadow
 from retrieval_contract.errors import DeadlineExceeded, ItemError
 
 THREADS = 64
@@ -53,7 +54,12 @@ class AsyncProductSearch:
     def close(self) -> None:
         """Close the connections, at once; who still awaits gets an error."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self.search.__exit__(None, None, None)
+        self.search.close(wait=False)
+
+    @property
+    def shadow(self) -> Shadow:
+        """As ProductSearch.shadow."""
+        return self.search.shadow
 
     async def connect(self) -> None:
         """As ProductSearch.connect."""

@@ -56,7 +56,11 @@ class ProductSearch:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.shadow.close()
+        self.close()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Close the connections; `wait` for what a shadow is asked, or leave it behind."""
+        self.shadow.close(wait=wait)
         self.encoders.close()
         self.catalog.close()
 

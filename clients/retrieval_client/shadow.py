@@ -111,10 +111,10 @@ class Shadow:
                 self._error,
             )
 
-    def close(self) -> None:
-        """Ask no more; returns when what is under way has ended, by its deadline."""
+    def close(self, *, wait: bool = True) -> None:
+        """Ask no more; `wait` until what is under way has ended, by its deadline."""
         self._over.set()
-        if self._thread:
+        if self._thread and wait:
             self._thread.join(self._settings.timeout_s + IDLE_S)
 
     def _work(self) -> None:
