@@ -46,7 +46,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     both.add_argument("--count", type=int, default=QUERIES, help="queries; default: %(default)s")
     both.add_argument(
         "--role",
-        choices=[role.name.lower() for role in Role],
+        choices=[role.name.lower() for role in Role if role is not Role.HELD],
         default=Role.SERVING.name.lower(),
         help="which collection; default: %(default)s",
     )
