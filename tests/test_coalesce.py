@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -130,6 +130,29 @@ def test_a_stream_of_the_impatient_does_not_keep_the_patient_waiting() -> None:
             each.result()
 
 
+def test_who_comes_back_to_the_front_does_not_lead_before_the_leader_has_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two leaders of the same callers: the second would find nobody left, not even itself."""
+    send = Doubler(0.3)
+    merged = Coalescer(send, most=16)
+    monkeypatch.setattr(merged, "_gather", lambda mine: time.sleep(0.2))
+    with ThreadPoolExecutor(12) as pool:
+        calls = [pool.submit(ask, merged, [1])]
+        time.sleep(0.05)
+        impatient = pool.submit(ask, merged, [2], 0.4)
+        calls.append(pool.submit(ask, merged, [3], 5.0))
+        assert calls[0].result() == [2]
+        time.sleep(0.05)  # those two are under way: so many more that one of them leads as well
+        calls += [pool.submit(ask, merged, [number], 5.0) for number in range(4, 13)]
+        with pytest.raises(DeadlineExceeded):
+            impatient.result()
+        assert [call.result() for call in calls[1:]] == [[2 * n] for n in range(3, 13)]
+    assert send.sent[:2] == [[1], [2, 3]]
+    assert sorted(send.sent[2]) == list(range(3, 13))
+    assert (merged._ahead, merged._under_way) == (0, 0)
+
+
 def test_an_error_at_the_end_of_somebodys_time_is_not_everybodys() -> None:
     """A server that is away is asked again until the time is up: whose time?"""
 
@@ -190,6 +213,14 @@ def test_a_leader_that_is_interrupted_leaves_the_others_served() -> None:
             first.result()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """A background job of a shell, and all that it starts, ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_soon() -> threading.Timer:
     """As by Ctrl-C: a signal, which ends a wait of the main thread."""
     main = threading.main_thread().ident
@@ -199,6 +230,7 @@ def interrupted_soon() -> threading.Timer:
     return timer
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_who_is_interrupted_while_waiting_is_not_waited_for() -> None:
     send = Doubler(0.3)
     merged = Coalescer(send, most=16)
@@ -215,6 +247,7 @@ def test_who_is_interrupted_while_waiting_is_not_waited_for() -> None:
     assert (ask(merged, [4]), merged._ahead, merged._under_way) == ([8], 0, 0)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_who_is_interrupted_while_gathering_leaves_the_lead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -85,6 +85,8 @@ class Coalescer(Generic[Item, Results]):
         self._all = 0
         """How many may wait, once those whom the last answer released have come back."""
         self._gathering: list[_Call[Item, Results]] = []
+        self._leader: _Call[Item, Results] | None = None
+        """Who has been appointed and has not taken yet: whoever waits in front travels with it."""
 
     def __call__(self, items: Sequence[Item], deadline: Deadline) -> Results:
         """Results of these items, at most `most`; raises what `send` raises, or DeadlineExceeded.
@@ -145,10 +147,11 @@ class Coalescer(Generic[Item, Results]):
     def _appoint(self) -> None:
         """Let the oldest caller lead, where a request may go out; under the lock."""
         allowed = 1 if len(self._waiting) < self._most // 2 else 2
-        if self._waiting and self._under_way < allowed and not self._waiting[0].leads:
+        if self._waiting and self._under_way < allowed and self._leader is None:
             self._under_way += 1
-            self._waiting[0].leads = True
-            self._waiting[0].turn.release()
+            self._leader = self._waiting[0]
+            self._leader.leads = True
+            self._leader.turn.release()
 
     def _give_up(self, call: _Call[Item, Results]) -> None:
         """Leave the queue, unless it is our turn this very moment."""
@@ -220,6 +223,7 @@ class Coalescer(Generic[Item, Results]):
 
     def _take(self, batch: list[_Call[Item, Results]]) -> None:
         """Those who travel together now; under the lock."""
+        self._leader = None
         count, now = 0, time.monotonic()
         shortest, wanted = float("inf"), 0.0
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
@@ -237,6 +241,8 @@ class Coalescer(Generic[Item, Results]):
             batch, mine.batch = mine.batch, []
             self._under_way -= 1
             mine.leads = False
+            if self._leader is mine:  # interrupted before it took
+                self._leader = None
             for call in reversed(batch):
                 if call.done:
                     self._ahead -= len(call.items)
