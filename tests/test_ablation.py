@@ -11,7 +11,7 @@ import pytest
 
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.ablation import HEADLINE, KNOWN_ITEM, main, table_of
+from towers.ablation import HEADLINE, KNOWN_ITEM, main, parser, recipe_of, table_of
 from towers.checkpoint import save_make
 
 
@@ -33,6 +33,19 @@ def test_tables_say_ratios_with_intervals_and_where_there_is_none() -> None:
     assert rows["| mean"].startswith(f"| mean | {theirs:.3f}")
     assert "+10.0 % [+10.0, +10.0]" in rows["| Modal Adaptation ÷ mean fusion"]
     assert rows["| MAKE ÷ title alone"].endswith("(blind there) |")
+
+
+def test_a_recipe_is_changed_for_every_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parser().parse_args(["--data", "x", "--set", "blank=0", "--set", "batch=512"])
+    title = recipe_of("title", args, seed=2)
+    assert (title.fusion, title.blank, title.batch, title.seed) == ("title", 0.0, 512, 2)
+    assert title.colour_cut == recipe_of("title", parser().parse_args(["--data", "x"])).colour_cut
+    for wrong in ("blank", "blank=much", "fusion=mean", "seed=1", "colour=0"):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["--data", "x", "--set", wrong])
+        said = capsys.readouterr().err
+        assert "expected FIELD=NUMBER with one of epochs, batch," in said
+        assert repr(wrong) in said
 
 
 def test_variants_are_trained_once_and_compared(

@@ -11,7 +11,7 @@ import argparse
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,24 @@ def _train(recipe: Recipe, folder: Path) -> None:
     train_heads(recipe, _material[0], lambda epoch, loss: None, folder)
 
 
+def setting(text: str) -> tuple[str, float]:
+    """`FIELD=NUMBER` of a Recipe; ArgumentTypeError names the fields that are numbers."""
+    field, _, value = text.partition("=")
+    numbers = {name: type(v) for name, v in asdict(FULL).items() if isinstance(v, int | float)}
+    del numbers["seed"]
+    try:
+        return field, numbers[field](value)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"expected FIELD=NUMBER with one of {', '.join(numbers)}, got {text!r}"
+        ) from None
+
+
+def recipe_of(name: str, args: argparse.Namespace, seed: int = 0) -> Recipe:
+    """A variant's recipe, with what `--set` changes in every one of them."""
+    return replace(RECIPES[name], **dict(args.set), seed=seed)
+
+
 def train_all(recipes: Iterable[Recipe], args: argparse.Namespace, examples: Examples) -> None:
     """Those that are not finished, `args.jobs` at a time with a thread each."""
     folder = args.work / "runs"
@@ -140,7 +158,7 @@ def figures(names: Sequence[str], args: argparse.Namespace, material: Material) 
     systems = []
     for name in names:
         for seed in range(args.seeds):
-            heads = heads_of(replace(RECIPES[name], seed=seed), args, material)
+            heads = heads_of(recipe_of(name, args, seed), args, material)
             systems.append(TrainedHeads(f"{name}|{seed}", heads, encoders, encoders.queries))
     found = evaluate(data, systems, args.slice or list(VIEWS))
     return {
@@ -201,6 +219,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seeds", type=int, default=3)
     top.add_argument("--side", choices=["dev", "test"], default="test")
     top.add_argument("--variant", action="append", choices=list(RECIPES))
+    top.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="another value of the recipe for all variants, as blank=0: try on --side dev",
+    )
     top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
     top.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     top.add_argument("--out", type=Path, default=Path("build/ablation.md"))
@@ -214,7 +240,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     bars = Bars()
     with bars.progress:
         material = prepare(args, bars)
-    recipes = [replace(RECIPES[name], seed=seed) for name in names for seed in range(args.seeds)]
+    recipes = [recipe_of(name, args, seed) for name in names for seed in range(args.seeds)]
     train_all(recipes, args, material.examples)
     found = figures(names, args, material)
     table = table_of(found)
@@ -223,7 +249,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     console.print(table, markup=False, soft_wrap=True)
     if args.baselines:
         for name in BASELINES:
-            save_heads(rounded(heads_of(VARIANTS[name], args, material)), args.baselines, name)
+            save_heads(
+                rounded(heads_of(recipe_of(name, args), args, material)), args.baselines, name
+            )
     return {
         name: {
             part: {figure: round(float(v.mean()), 4) for figure, v in of_figures.items()}
