@@ -39,7 +39,7 @@ class Lesson:
 
     layers: int = 3
     rounds: int = 4
-    general: float = 1.5
+    general: float = 3.0
     """Short texts on other subjects for each query drawn from the catalog."""
     batch: int = 256
     learning_rate: float = 4e-4
