@@ -49,14 +49,14 @@ console = Console(stderr=True)
 FULL = Recipe()
 PLAIN = replace(FULL, keywords="none", prototypes=0.0)
 CLEAN = replace(FULL, colour_cut=0.0, first_word=0.0, blank=0.0)
-"""What sees one modality alone gains nothing from learning without it, or with it spoiled
-(docs/ablation.md)."""
 VARIANTS = {
     "make": FULL,
     "mean": replace(FULL, fusion="mean"),
     "without Keyword Enhancement": PLAIN,
     "without both": replace(PLAIN, fusion="mean"),
     "title-word keywords": replace(PLAIN, keywords="titles"),
+    # What sees one modality alone gains nothing from learning without it, or with it spoiled
+    # (docs/ablation.md).
     "title": replace(CLEAN, fusion="title", dropped=0.0),
     "image": replace(CLEAN, fusion="image", dropped=0.0),
     "concat": replace(FULL, fusion="concat"),
