@@ -214,7 +214,9 @@ def test_what_waits_is_written_although_the_batch_is_not_full(
     def slowly() -> Iterator[SourceRow]:
         for at in range(1600):
             if at == 1599:
-                time.sleep(0.3)
+                end = time.monotonic() + 20
+                while not shop.collection.count() and time.monotonic() < end:
+                    time.sleep(0.05)
                 counts.append(shop.collection.count())
             yield row(1 + 3 * at)
 
