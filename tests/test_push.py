@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from retrieval_client import Collection, Settings
 from retrieval_client.book import Differences
 from retrieval_client.collection import CollectionInfo
 from retrieval_client.feed import Plan
-from retrieval_client.sources import SourceRow
+from retrieval_client.sources import Source, SourceRow
 from retrieval_contract.errors import (
     CatalogError,
     ItemError,
     Reason,
     ReleaseMismatch,
+    RetrievalError,
     ServerUnavailable,
+    SourceError,
     TooMuchToDelete,
 )
 from tests.shop import PHOTO, RELEASE, Shop, candidate, damage, row
@@ -110,6 +113,30 @@ def test_sync_spares_rows_that_may_be_those_that_cannot_be_read(shop: Shop) -> N
         shop.push([*rows[1:], broken], Plan(sync=True))
     assert len(shop.rows()) == 20
     assert shop.push([*rows, broken], Plan(sync=True)).deleted == 0
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "error"),
+    [
+        ('p8,product 8\np9,"product 9\n', SourceError),
+        ("p8,product 8\np9\n", TooMuchToDelete),
+        ("p8,product 8\np9,prod", TooMuchToDelete),
+    ],
+)
+def test_sync_believes_no_csv_that_is_spoiled(
+    shop: Shop, tmp_path: Path, spoiled: str, error: type[RetrievalError]
+) -> None:
+    """By a quote that swallows the rest, a row without all of its cells, or a cut."""
+    source = Source(tmp_path / "c.csv")
+    good = "".join(f"p{at},product {at}\n" for at in range(8))
+    source.path.write_text(f"id,title\n{good}p8,product 8\np9,product 9\n")
+    shop.push(source.rows())
+    source.path.write_text(f"id,title\n{good}{spoiled}")
+    with pytest.raises(error):
+        shop.push(source.rows(), Plan(sync=True))
+    assert {i: r["title"] for i, r in shop.rows().items()} == {
+        f"p{at}": f"product {at}" for at in range(10)
+    }
 
 
 def test_sync_deletes_from_no_collection_when_one_would_lose_too_much(shop: Shop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,7 +54,8 @@ def test_csv_with_paths_and_one_bad_row_of_each_kind(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(photo())
     text = b"id,title,image,price\n"
     text += b'1,"red, dress",a.jpg,9\n2,no picture,,\n3,lost picture,b.jpg,\n'
-    text += b"4,caf\xe9,,\n5,too,many,values,here\n6,short\n"
+    text += b'4,caf\xe9,,\n5,too,many,values,here\n6,short\n7,5" pipe,,\n8,two ""\n\n'
+    text += b'9,"5"" pipe,\nblue",,\n10,cu'
     path = tmp_path / "c.csv"
     path.write_bytes(text)
     rows = {row.name: row for row in rows_of(path)}
@@ -64,9 +66,49 @@ def test_csv_with_paths_and_one_bad_row_of_each_kind(tmp_path: Path) -> None:
     assert rows["3"].problem is not None
     assert rows["3"].problem.reason == "image_missing_file"
     assert rows["4"].title == b"caf\xe9", "bytes are kept: the row, not the file, is refused later"
-    assert rows["row 5"].problem is not None
-    assert "more values than" in rows["row 5"].problem.detail
-    assert rows["6"].title == b"short"
+    for name, said in {
+        "row 5": "expected 4 values, as the header has, got 5: 5,too,many,",
+        "row 6": "got 2: 6,short; quote commas",
+        "row 8": 'got 2: 8,two ""',
+        "row 10": "got 2: 10,cu",
+    }.items():
+        problem = rows[name].problem
+        assert problem is not None, name
+        assert said in problem.detail
+    assert rows["7"].title == b'5" pipe'
+    assert rows["9"].title == b'5" pipe,\nblue'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('1,"red mug,3\n2,blue mug,4\n', 2),
+        ('1,red mug,3\n\n2,"blue" mug,4\n3,white mug,5\n', 4),
+        ('1,"a\nb",3\n2,"12"" pipe,4\n3,"white",5\n', 4),
+    ],
+)
+def test_a_stray_quote_swallows_no_rows(tmp_path: Path, text: str, line: int) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("id,title,price\n" + text)
+    with pytest.raises(SourceError, match=rf"c\.csv: expected quotes in pairs.* line {line} on "):
+        rows_of(path)
+    with pytest.raises(SourceError):
+        list(Source(path).ids())
+    path.write_text('id,"title\n' + text)
+    with pytest.raises(SourceError, match="line 1 on"):
+        rows_of(path)
+
+
+def test_a_csv_that_is_cut_in_its_last_cell_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    for end in ("\n", "\r\n"):
+        path.write_bytes(f"id,title{end}1,red dress{end}2,blue shi".encode())
+        first, last = rows_of(path)
+        assert (first.problem, last.id, last.title) == (None, "", b"")
+        assert last.problem is not None
+        assert "a line break at the end of the file, got 2,blue shi:" in last.problem.detail
+        path.write_bytes(path.read_bytes() + f"rt{end}".encode())
+        assert [row.title for row in rows_of(path)] == [b"red dress", b"blue shirt"]
 
 
 def test_json_lines_with_a_broken_line(tmp_path: Path) -> None:
@@ -116,6 +158,43 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert Source(tmp_path).rows_expected == 2
 
 
+def test_a_picture_or_folder_that_cannot_be_read_is_not_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is absent is deleted by a push with --sync."""
+    for name in ("b", "b/deep", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(photo())
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    rows = rows_of(tmp_path)
+    assert [row.id for row in rows] == ["gone.jpg", "a/1.jpg", "b/1.jpg", "b/deep/1.jpg"]
+    assert rows[0].problem is not None
+    assert rows[0].problem.reason == "image_missing_file"
+    scandir = os.scandir
+
+    def denied(place: str) -> object:
+        if str(place).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for read in (lambda: rows_of(tmp_path), lambda: Source(tmp_path).rows_expected):
+        with pytest.raises(SourceError, match=r"deep: expected a folder that can be read"):
+            read()
+
+
+def test_a_folder_of_many_pictures_is_streamed(tmp_path: Path) -> None:
+    """A list of all paths is some 400 bytes for each."""
+    for folder in range(100):
+        (tmp_path / f"{folder}").mkdir()
+        for name in range(100):
+            (tmp_path / f"{folder}" / f"{name}.jpg").touch()
+    tracemalloc.start()
+    assert Source(tmp_path).rows_expected == 10_000
+    assert tracemalloc.get_traced_memory()[1] < 10_000 * 50
+    tracemalloc.stop()
+
+
 def in_every_format(folder: Path) -> list[Path]:
     """Seven products in each kind of source; row groups and pages end in the middle of parts."""
     ids, titles = [f"p{n}" for n in range(7)], [f"title {n}" for n in range(7)]
@@ -127,7 +206,7 @@ def in_every_format(folder: Path) -> list[Path]:
     pictures = pa.table({"id": ids, "jpeg": [photo((n, 0, 0)) for n in range(7)]})
     pq.write_table(pictures, folder / "joined" / "images.parquet", row_group_size=5)
     lines = [f"{i},{title}" for i, title in zip(ids, titles, strict=True)]
-    (folder / "c.csv").write_text("\n".join(["id,title", *lines]))
+    (folder / "c.csv").write_text("\n".join(["id,title", *lines, ""]))
     records = [json.dumps({"id": i, "title": t}) for i, t in zip(ids, titles, strict=True)]
     (folder / "c.jsonl").write_text("\n".join([*records[:4], "", *records[4:]]))
     (folder / "photos").mkdir()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 
+from retrieval_client.csv_records import csv_records
 from retrieval_contract.errors import ItemError, Reason, SourceError
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 
@@ -23,7 +24,6 @@ READ_ROWS = 64
 """Rows held at once while reading Parquet; a row may carry a photo of megabytes."""
 READ_BYTES = 2**20
 """Read ahead in a column: without it all of a row group would be held."""
-csv.field_size_limit(2**27)
 
 Record = Mapping[str, Any]
 Read = Record | ItemError
@@ -201,9 +201,9 @@ class Source:
     def _csv(self, part: Part) -> Iterator[SourceRow]:
         # Bytes that are not UTF-8 survive as surrogates, so that their row alone is refused.
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = self.columns.find_in_header(self.path, reader.fieldnames or [])
-            records = islice(_whole(reader), part.start, part.stop)
+            header, records = csv_records(self.path, file)
+            columns = self.columns.find_in_header(self.path, header)
+            records = islice(records, part.start, part.stop)
             yield from _rows(records, columns, self.path.parent, part)
 
     def _jsonl(self, part: Part) -> Iterator[SourceRow]:
@@ -217,16 +217,6 @@ class Source:
                 record = _json_object(line)
                 there = () if isinstance(record, ItemError) else tuple(record)
                 yield _row(record, part.wanted(self.columns.find(there)), number, folder)
-
-
-def _whole(reader: csv.DictReader[str]) -> Iterator[Read]:
-    """CSV records; surplus values, which DictReader puts under None, are a problem."""
-    for record in reader:
-        if None in record:
-            detail = "more values than the header has columns; quote commas"
-            yield ItemError(Reason.BAD_ATTRIBUTES, detail)
-        else:
-            yield record
 
 
 def _json_object(line: bytes) -> Read:
@@ -289,8 +279,20 @@ def _row(record: Read, columns: Mapping[str, str], number: int, folder: Path) ->
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    """In an order that stays; of a million files the names of one folder are held at a time."""
+
+    def unreadable(exc: OSError) -> NoReturn:
+        raise SourceError(
+            f"{exc.filename}: expected a folder that can be read, got one that cannot "
+            f"({exc.strerror}); change that, or move it away"
+        ) from exc
+
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        names.sort()
+        for name in names:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield Path(place, name)
 
 
 def _image_folder(folder: Path, part: Part) -> Iterator[SourceRow]:
