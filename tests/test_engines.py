@@ -18,7 +18,6 @@ from rich.console import Console
 from deploy.engines.builder import Engine, build, find_runtime
 from deploy.engines.cache import Origin, cached, is_whole
 from deploy.engines.check import check_engines, graph_of
-from deploy.engines.facts import Facts, Layer, check_facts, facts_of, facts_of_inspection
 from deploy.engines.profiles import Profile, Range, check_profiles, profiles_of
 from export.publish import publish
 from retrieval_contract import models
@@ -130,41 +129,6 @@ def test_progress_is_told(graph: bytes, release: Release) -> None:
 
 
 # ── planted faults ───────────────────────────────────────────────────────────────────────
-
-
-def test_an_engine_in_full_precision_is_not_taken_for_half(
-    tiny_release: Path, release: Release
-) -> None:
-    full = full_graph(tiny_release, release).SerializeToString()
-    with pytest.raises(EngineError, match=r"half precision, got 0%: build from the FP16 graph"):
-        build(RUNTIME, full, profiles_of(QUERY, release), architecture="SM89")
-
-
-def test_an_attention_that_is_not_fused_is_named() -> None:
-    layers = tuple(Layer(f"gemm{i}", "gemm", frozenset({"Half"})) for i in range(4))
-    with pytest.raises(EngineError, match="expected 2 fused attentions"):
-        check_facts(Facts(layers, 1, 0), 2)
-
-
-@pytest.mark.parametrize("word", ["Half", "Row major linear FP16 format"])
-def test_an_inspection_says_the_same_as_a_log(word: str) -> None:
-    """In the words of the documentation; no GPU was at hand to ask one."""
-    ends = [{"Name": "x", "Dimensions": [1, 384], "Format/Datatype": word}]
-    full = [{"Name": "x", "Dimensions": [1, 384], "Format/Datatype": "Float"}]
-    layers = [
-        {"Name": "_gemm_mha_v2_myl0_7", "LayerType": "kgen", "Inputs": ends, "Outputs": ends},
-        {"Name": "norm", "LayerType": "kgen", "Inputs": full, "Outputs": full},
-    ]
-    facts = facts_of_inspection(json.dumps({"Layers": layers}), 1, 10)
-    assert (len(facts.layers), facts.fused_attention, facts.half_share) == (2, 1, 1.0)
-    check_facts(facts, 1)
-    with pytest.raises(EngineError, match="DETAILED"):
-        facts_of_inspection(json.dumps({"Layers": ["norm"]}), 1, 10)
-
-
-def test_a_log_without_layers_says_so() -> None:
-    with pytest.raises(EngineError, match="DETAILED"):
-        facts_of(["Engine generation completed in 2 seconds."], 1)
 
 
 def test_a_graph_that_a_runtime_optimised_is_refused(

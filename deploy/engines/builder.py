@@ -129,23 +129,30 @@ def build(
 
 
 def attention_layers(trt: Any, network: Any) -> int:
-    """Of a parsed network: softmaxes whose result, reshaped or cast, a matrix product reads."""
+    """Of a parsed network: softmaxes whose result a matrix product reads.
+
+    On the way it may be reshaped, cast, and changed in each number (a factor for each head, say);
+    a softmax that weighs a few parts becomes another shape there, and is no attention.
+    """
     kinds = trt.LayerType
-    passed_on: dict[str, list[Any]] = {}
+    readers: dict[str, list[Any]] = {}
     layers = [network.get_layer(at) for at in range(network.num_layers)]
     for layer in layers:
-        if layer.num_inputs and (first := layer.get_input(0)) is not None:
-            passed_on.setdefault(first.name, []).append(layer)
+        for at in range(layer.num_inputs):
+            if (tensor := layer.get_input(at)) is not None:
+                readers.setdefault(tensor.name, []).append(layer)
 
-    def feeds_a_product(layer: Any) -> bool:
-        readers = passed_on.get(layer.get_output(0).name, [])
-        return any(
-            reader.type == kinds.MATRIX_MULTIPLY
-            or (reader.type in (kinds.SHUFFLE, kinds.CAST) and feeds_a_product(reader))
-            for reader in readers
-        )
+    def reaches_a_product(tensor: Any) -> bool:
+        for reader in readers.get(tensor.name, []):
+            if reader.type == kinds.MATRIX_MULTIPLY:
+                return True
+            given = reader.get_output(0)
+            same = reader.type == kinds.SHUFFLE or tuple(given.shape) == tuple(tensor.shape)
+            if same and reaches_a_product(given):
+                return True
+        return False
 
-    return sum(layer.type == kinds.SOFTMAX and feeds_a_product(layer) for layer in layers)
+    return sum(one.type == kinds.SOFTMAX and reaches_a_product(one.get_output(0)) for one in layers)
 
 
 def _facts(trt: Any, log: Any, serialized: Any, profiles: int) -> Facts:
