@@ -116,6 +116,20 @@ def test_settings_that_cannot_work_say_so(papers: Path, names: dict[str, str], s
         channel_to(Settings(**paths))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "milvus",
+    ["http://root:Milvus@db:19530", "https://root:a/b@db/my.db", "root:Milvus@db:19530"],
+)
+def test_no_secret_is_said(milvus: str) -> None:
+    """An address is printed, and so are settings."""
+    token = "root:Milvus"
+    assert token not in repr(Settings(milvus="http://db:19530", milvus_token=token))
+    with pytest.raises(RetrievalError, match="RETRIEVAL_MILVUS_TOKEN") as said:
+        Settings().override(milvus=milvus)
+    assert "root" not in str(said.value)
+    assert Settings(milvus="build/catalog@home.db").milvus
+
+
 def controls(channel: grpc.Channel, key: str | None) -> list[str]:
     """What each control answers: its status code, OK where it does as asked."""
     stub = GRPCInferenceServiceStub(channel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from retrieval_contract import models
 from retrieval_contract.door import Lane
@@ -58,7 +58,7 @@ class Settings:
 
     triton: str = "127.0.0.1:8001"
     milvus: str = "build/catalog.db"
-    milvus_token: str = ""
+    milvus_token: str = field(default="", repr=False)
     collection: str = models.PRODUCTS.alias
     timeout_s: float = 5.0
     push_timeout_s: float = 60.0
@@ -115,6 +115,12 @@ class Settings:
             )
         if not 0 <= self.shadow <= 100:
             raise RetrievalError(f"shadow: expected a percentage, 0 to 100, got {self.shadow}")
+        # An address is said in errors and in `retrieval status`: no place for a secret.
+        if "@" in self.milvus and ("://" in self.milvus or not self.milvus.endswith(".db")):
+            raise RetrievalError(
+                "milvus: expected an address without user and password, got one with them; give "
+                f"them as {PREFIX}MILVUS_TOKEN"
+            )
         if not self.replicas:
             raise RetrievalError(
                 f"triton: expected host:port, or several with commas, got {self.triton!r}"
