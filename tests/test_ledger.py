@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from retrieval_client.ledger import LINES, RequestTimes, Statistics, Timed, ledg
 from retrieval_client.wire import request_from_rows
 from retrieval_contract import models
 from retrieval_contract.release import Release
+from retrieval_contract.tensors import Ensemble
 from retrieval_contract.took import Took
-from tests.conftest import ROOT
+from tests.conftest import ROOT, photo
 
-QUERIES = models.QUERY_ENCODER
+QUERIES, PRODUCTS = models.QUERY_ENCODER, models.PRODUCT_ENCODER
 
 
 @pytest.fixture
@@ -35,14 +37,14 @@ def filled(settings: Settings, release: Release) -> Settings:
     return settings
 
 
-def statistics(requests: int, **sums: dict[str, float]) -> Statistics:
-    counts = dict.fromkeys([QUERIES.name, *(step.name for step in QUERIES.steps)], requests)
-    return Statistics(counts, *(sums.get(name, {}) for name in ("queue_s", "compute_s")))
+def statistics(requests: int, ensemble: Ensemble = QUERIES, **sums: dict[str, float]) -> Statistics:
+    counts = dict.fromkeys([ensemble.name, *(step.name for step in ensemble.steps)], requests)
+    return Statistics(counts, *(sums.get(name, {}) for name in ("queue_s", "compute_s", "whole_s")))
 
 
 def test_lines_add_up_where_the_model_says_what_it_took() -> None:
     """Two callers who shared one request: each waited for the whole of it."""
-    shared = RequestTimes(0.01, 1.0, 0.02, Took(0.05, 0.1, 0.4, 0.6))
+    shared = RequestTimes(QUERIES, 0.01, 1.0, 0.02, Took(0.05, 0.1, 0.4, 0.6))
     searches = [
         Timed({"search": total, "encode": total - 0.3, "milvus": 0.25}, [shared])
         for total in (1.4, 1.5)
@@ -58,6 +60,7 @@ def test_lines_add_up_where_the_model_says_what_it_took() -> None:
                 "queue": 0.09,  # Triton's and the process's own
                 "tokenize": 0.1,
                 "tower": 0.4,
+                "steps": 0.0,
                 "handover": 0.21,  # the server's 0.8 less the three
                 "decode": 0.02,
                 "milvus": 0.25,
@@ -66,17 +69,21 @@ def test_lines_add_up_where_the_model_says_what_it_took() -> None:
         )
 
 
-def test_of_an_ensemble_the_steps_are_read_and_never_its_own_queue() -> None:
-    tokenizer, tower = (step.name for step in QUERIES.steps)
+@pytest.mark.parametrize("ensemble", [QUERIES, PRODUCTS])
+def test_of_an_ensemble_its_own_steps_are_read_and_never_its_own_queue(ensemble: Ensemble) -> None:
+    first, tower = (step.name for step in ensemble.steps)
     server = statistics(
         2,
-        queue_s={QUERIES.name: 99.0, tokenizer: 0.1, tower: 0.2},
-        compute_s={QUERIES.name: 99.0, tokenizer: 0.2, tower: 0.4},
+        ensemble,
+        queue_s={ensemble.name: 99.0, first: 0.1, tower: 0.2},
+        compute_s={ensemble.name: 99.0, first: 0.2, tower: 0.4},
+        whole_s={ensemble.name: 1.0, first: 99.0, tower: 99.0},
     )
-    search = Timed({"search": 0.7, "encode": 0.7}, [RequestTimes(0.0, 0.6, 0.0, None)])
+    search = Timed({"search": 0.7, "encode": 0.7}, [RequestTimes(ensemble, 0.0, 0.6, 0.0, None)])
     (lines,) = ledgers([search], server)
-    expected = {"queue": 0.15, "tokenize": 0.1, "tower": 0.2, "handover": 0.0, "wire": 0.15}
+    expected = {"queue": 0.15, "tokenize": 0.1, "tower": 0.2, "steps": 0.05, "handover": 0.0}
     assert {line: lines[line] for line in expected} == pytest.approx(expected)
+    assert lines["wire"] == pytest.approx(0.1)
 
 
 def test_a_search_on_the_real_server_is_explained(filled: Settings) -> None:
@@ -144,12 +151,14 @@ def test_an_ensemble_is_explained_by_its_steps(
             timed = [search.timed(["red dress"])[1] for _ in range(5)]
             counted = search.encoder.statistics_since(before, len(timed))
     assert repository.exists()
-    for one, lines in zip(timed, ledgers(timed, counted), strict=True):
+    found = ledgers(timed, counted)
+    for one, lines in zip(timed, found, strict=True):
         assert one.requests[0].took is None
         assert sum(lines.values()) == pytest.approx(one.laps["search"])
         assert lines["tokenize"] > 0
         assert lines["tower"] > 0
-        assert lines["wire"] > 0, "both steps are Python here, and answer after Triton has counted"
+        assert lines["steps"] > lines["tower"], "both are Python, and answer after it has counted"
+    assert sum(lines["wire"] for lines in found) > 0, "of each it is what a mean leaves"
 
 
 # ── the commands ─────────────────────────────────────────────────────────────────────────
@@ -169,6 +178,24 @@ def test_the_command_explains_a_search(
         main([*command, "red dress"])
     table = capsys.readouterr().out
     assert all(line in table for line in ledger)
+
+
+@pytest.mark.parametrize("words", [[], ["red dress"]], ids=["alone", "beside a text"])
+def test_the_command_explains_a_search_for_a_picture(
+    filled: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Within its time, and what the server computed is no time on the wire."""
+    (tmp_path / "picture.jpg").write_bytes(photo(size=(1500, 2000)))
+    command = ["search", "--explain", "--json", "--image", str(tmp_path / "picture.jpg")]
+    command += ["--triton", filled.triton, "--milvus", filled.milvus, "--timeout-s", "20"]
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, *words])
+    assert time.monotonic() - start < 10, "it waited for what never comes"
+    ledger = json.loads(capsys.readouterr().out)["ledger_ms"]
+    assert sum(ledger[line] for line in LINES) == pytest.approx(ledger["total"], abs=0.01)
+    assert ledger["steps"] > ledger["wire"] > 0, ledger
+    assert (ledger["tower"] > 1) == bool(words), "of texts the process itself says it"
 
 
 def test_the_benchmark_prints_both_loads(release_folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.server import Server, triton
+from deploy.server import LOOPBACK, Server, choose_ports, triton
 from retrieval_client import Encoder, Settings
 from retrieval_client.__main__ import main
 from retrieval_contract import models
@@ -66,6 +66,17 @@ def test_another_release_is_told_apart(served: Server, tiny_release: Path, other
         lied = replace(Probes.load(other), release_id=Release.load(tiny_release).release_id)
         with pytest.raises(ReleaseMismatch, match=r"golden probe 'red shoes': .*cosine"):
             encoder.probe(lied)
+
+
+def test_every_replica_is_asked_and_the_one_at_fault_named(
+    served: Server, tiny_release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody answers for another: here one of two is away."""
+    nobody = f"{LOOPBACK}:{choose_ports(LOOPBACK).grpc}"
+    for both in ((served.grpc_address, nobody), (nobody, served.grpc_address)):
+        with pytest.raises(SystemExit, match="1"):
+            main(["probe", str(tiny_release), "--triton", ",".join(both)])
+        assert f"Triton at {nobody}, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("norm", [0.99, 2.0, float("nan")])

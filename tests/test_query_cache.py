@@ -16,6 +16,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from benchmarks.cache_plan import lookups
+from benchmarks.ledger import fill
 from deploy.pbtxt import parse
 from deploy.query_cache import put_cache_before_queries
 from deploy.server import Server, triton
@@ -23,11 +24,13 @@ from deploy.stubs import stubs_of
 from deploy.tuning import Profile
 from export.config_from_contract import config_from_text
 from retrieval_client import Encoder, Settings
+from retrieval_client.__main__ import main
 from retrieval_client.spelling import query_bytes
 from retrieval_contract import models
 from retrieval_contract.errors import Reason, RetrievalError, ServerError, ServerUnavailable
 from retrieval_contract.preprocess import text_from_bytes
 from retrieval_contract.probes import Probes
+from retrieval_contract.release import Release
 from tests.hostile import Wire, prefixed, request
 from tests.negated import negated
 from tests.serving import serve
@@ -91,6 +94,20 @@ def test_a_spelling_means_the_same_to_the_server(text: str) -> None:
             return str(exc)
 
     assert read(query_bytes(text)) == read(text.encode("utf-8", "surrogatepass"))
+
+
+def test_a_look_at_the_server_goes_past_its_memory(
+    cached: Server, release: Release, tmp_path: Path
+) -> None:
+    """Else it would be green while nothing can be computed."""
+    settings = Settings(triton=cached.grpc_address, milvus=str(tmp_path / "catalog.db"))
+    fill(settings, release, 5)
+    flags = ["--triton", settings.triton, "--milvus", settings.milvus]
+    before = lookups(cached)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="0"):
+            main(["status", *flags])
+    assert lookups(cached) == before
 
 
 def test_a_refused_text_is_refused_from_memory_too(cached: Server, encoder: Encoder) -> None:

@@ -86,6 +86,7 @@ class Encoder:
     def __init__(self, settings: Settings, *, explain: bool = False) -> None:
         """`explain`: ask the server what each request took (`ledger.py`)."""
         self.address = settings.triton
+        self._settings = settings
         self._explain = explain
         self.timeout_s = settings.timeout_s
         self._channel = channel_to(settings)
@@ -158,23 +159,33 @@ class Encoder:
                 self._stub.ModelStatistics(request, timeout=deadline.left_s)
             )
 
-    def statistics_since(self, before: Statistics, requests: int) -> Statistics:
-        """What it has counted of so many requests of queries: it counts moments after it answers.
+    def statistics_since(self, before: Statistics, queries: int, products: int = 0) -> Statistics:
+        """What it has counted of so many requests of each: it counts moments after it answers.
 
         Others' requests in between count as well.
         """
         deadline = Deadline(self.timeout_s)
+        wanted = {models.QUERY_ENCODER.name: queries, models.PRODUCT_ENCODER.name: products}
         while True:
             found = self.statistics() - before
-            if found.requests.get(models.QUERY_ENCODER.name, 0) >= requests or deadline.passed:
+            there = all(found.requests.get(name, 0) >= count for name, count in wanted.items())
+            if there or deadline.passed:
                 return found
             time.sleep(COUNTED_S)
 
     def probe(self, probes: Probes) -> float:
-        """Ask for a release's golden probes; the lowest cosine, 1 where all is exact.
+        """Ask every replica for a release's golden probes; the lowest cosine, 1 where all is exact.
 
-        Raises ReleaseMismatch when the server is of another release, or gives other vectors.
+        Raises ReleaseMismatch when one is of another release, or gives other vectors.
         """
+        lowest = []
+        for address in self._settings.replicas:
+            with Encoder(self._settings.override(triton=address)) as alone:
+                lowest.append(alone._probe(probes))
+        return min(lowest)
+
+    def _probe(self, probes: Probes) -> float:
+        """Of one server."""
         served = self.served()
         if served.release_id != probes.release_id:
             raise ReleaseMismatch(
@@ -290,7 +301,9 @@ class Encoder:
             # part leaves half an answer there for all. Behind it is the whole one.
             return self._arrays(served, UNCACHED, part, dims, deadline)
         took = took_from_reply(reply) if self._explain else None
-        times = RequestTimes(sent - started, came - sent, time.perf_counter() - came, took)
+        times = RequestTimes(
+            ensemble, sent - started, came - sent, time.perf_counter() - came, took
+        )
         return arrays, times
 
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:

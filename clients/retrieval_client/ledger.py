@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from retrieval_contract import models
+from retrieval_contract.tensors import Ensemble
 from retrieval_contract.took import Took
 
 LINES = {
     "coalesce": "waiting for a request, which callers share",
-    "build": "texts to a request",
+    "build": "texts, or pictures, to a request",
     "wire": "gRPC there and back, with what Triton does besides",
     "queue": "waiting in the server",
-    "tokenize": "texts to token ids",
-    "tower": "token ids to vectors",
+    "tokenize": "texts to token ids, pictures to pixels",
+    "tower": "these to vectors",
+    "steps": "what Triton does not tell apart of an ensemble: its Python steps compute here",
     "handover": "Triton to the model's process and back, merging and cutting batches",
     "decode": "reply to arrays",
     "milvus": "vectors to hits",
@@ -37,6 +39,7 @@ LINES = {
 class RequestTimes:
     """One request as its sender saw it, in seconds; `took` where the model said it."""
 
+    ensemble: Ensemble
     build_s: float
     call_s: float
     decode_s: float
@@ -57,14 +60,16 @@ class Statistics:
     """Triton's sums over good requests, in seconds, by model; subtract two to have those between.
 
     `compute_s` ends when the model's answer is there, or, of a Python model, when it has let the
-    request in (`door.py`): it answers later, and that time is in `wire`. What Triton counts after
-    (output, and a request's whole) overlaps with the client's having the reply. An ensemble's own
-    queue is never read: Triton sums other things there.
+    request in (`door.py`): it answers later, and of an ensemble that time is in `whole_s` alone,
+    from when Triton had the request until it was answered. Its end, and the output that Triton
+    counts after a model's answer, overlap a little with the client's having the reply. An
+    ensemble's own queue is never read: Triton sums other things there.
     """
 
     requests: Mapping[str, int]
     queue_s: Mapping[str, float]
     compute_s: Mapping[str, float]
+    whole_s: Mapping[str, float]
 
     @classmethod
     def from_reply(cls, reply: Any) -> Statistics:
@@ -77,13 +82,18 @@ class Statistics:
             {name: s.success.count for name, s in found.items()},
             {name: s.queue.ns / 1e9 for name, s in found.items()},
             {name: (s.compute_input.ns + s.compute_infer.ns) / 1e9 for name, s in found.items()},
+            {name: s.success.ns / 1e9 for name, s in found.items()},
         )
 
     def __sub__(self, before: Statistics) -> Statistics:
+        def since(now: Mapping[str, float], then: Mapping[str, float]) -> dict[str, float]:
+            return {name: value - then.get(name, 0.0) for name, value in now.items()}
+
         return Statistics(
             {name: n - before.requests.get(name, 0) for name, n in self.requests.items()},
-            {name: s - before.queue_s.get(name, 0.0) for name, s in self.queue_s.items()},
-            {name: s - before.compute_s.get(name, 0.0) for name, s in self.compute_s.items()},
+            since(self.queue_s, before.queue_s),
+            since(self.compute_s, before.compute_s),
+            since(self.whole_s, before.whole_s),
         )
 
     def mean(self, sums: Mapping[str, float], model: str) -> float:
@@ -118,11 +128,12 @@ class Timed:
 
 @dataclass(frozen=True)
 class _Means:
-    """What only Triton's statistics tell, per request, in seconds."""
+    """What only Triton's statistics tell, per request of an ensemble, in seconds."""
 
     queue_s: float
     tokenize_s: float
     tower_s: float
+    steps_s: float
     handover_s: float
 
 
@@ -136,30 +147,37 @@ def ledgers(searches: Sequence[Timed], server: Statistics) -> list[dict[str, flo
 
     Where several searches shared a request each of them waited for the whole of it.
     """
-    means = _means(server, [r.took for r in requests_of(searches) if r.took])
+    told: dict[Ensemble, list[Took]] = {}
+    for request in requests_of(searches):
+        of_one = told.setdefault(request.ensemble, [])
+        if request.took:
+            of_one.append(request.took)
+    means = {ensemble: _means(server, ensemble, tooks) for ensemble, tooks in told.items()}
     return [_ledger(search, means) for search in searches]
 
 
-def _means(server: Statistics, told: Sequence[Took]) -> _Means:
-    queries = models.QUERY_ENCODER
+def _means(server: Statistics, ensemble: Ensemble, told: Sequence[Took]) -> _Means:
+    name = ensemble.name
     if told:  # one process: what Triton has beyond the process's own time is the way there and back
         model_s = sum(took.model_s for took in told) / len(told)
-        around_s = max(0.0, server.mean(server.compute_s, queries.name) - model_s)
-        return _Means(server.mean(server.queue_s, queries.name), 0.0, 0.0, around_s)
-    queue_s = sum(server.mean(server.queue_s, step.name) for step in queries.steps)
-    tokenize_s, tower_s = (server.mean(server.compute_s, step.name) for step in queries.steps)
-    return _Means(queue_s, tokenize_s, tower_s, 0.0)
+        around_s = max(0.0, server.mean(server.compute_s, name) - model_s)
+        return _Means(server.mean(server.queue_s, name), 0.0, 0.0, 0.0, around_s)
+    queue_s = sum(server.mean(server.queue_s, step.name) for step in ensemble.steps)
+    tokenize_s, tower_s = (server.mean(server.compute_s, step.name) for step in ensemble.steps)
+    rest_s = server.mean(server.whole_s, name) - queue_s - tokenize_s - tower_s
+    return _Means(queue_s, tokenize_s, tower_s, max(0.0, rest_s), 0.0)
 
 
-def _ledger(search: Timed, means: _Means) -> dict[str, float]:
+def _ledger(search: Timed, of: Mapping[Ensemble, _Means]) -> dict[str, float]:
     lines = dict.fromkeys(LINES, 0.0)
     for request in search.requests:
-        took = request.took or Took()
+        took, means = request.took or Took(), of[request.ensemble]
         steps_s = took.wait_s + took.tokenize_s + took.tower_s
         server = {
             "queue": means.queue_s + took.wait_s,
             "tokenize": means.tokenize_s + took.tokenize_s,
             "tower": means.tower_s + took.tower_s,
+            "steps": means.steps_s,
             "handover": means.handover_s + took.model_s - steps_s,
         }
         spent = server | {

@@ -25,6 +25,7 @@ from retrieval_client.records import ATTRIBUTES, TITLE, Hit
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_contract.errors import ContractError, ItemError
+from retrieval_contract.models import PRODUCT_ENCODER
 
 SHORT = {
     End.ALL: "these are all that fulfil it",
@@ -178,7 +179,9 @@ def explained(
     search.many(queries, **options)
     before = search.encoder.statistics()
     found, timed = search.timed(queries, **options)
-    counted = search.encoder.statistics_since(before, len(timed.requests))
+    products = sum(request.ensemble is PRODUCT_ENCODER for request in timed.requests)
+    texts = len(timed.requests) - products
+    counted = search.encoder.statistics_since(before, texts, products)
     (lines,) = ledgers([timed], counted)
     lines["total"] = timed.laps["search"]
     return found, {line: round(seconds * 1e3, 3) for line, seconds in lines.items()}

@@ -43,8 +43,8 @@ def run_status(args: argparse.Namespace, settings: Settings) -> int:
         served = {}
         try:
             served = encoders.served()
-            for release_id in served:  # readiness does not tell; an inference does
-                encoders.of(release_id).encode_queries(["status"])
+            for release_id in served:  # readiness does not tell, nor memory; an inference does
+                encoders.of(release_id).encode_queries(["status"], fresh=True)
             found |= {
                 "server": encoders.of(next(iter(served))).server_version(),
                 "serves": ", ".join(served),
@@ -92,7 +92,8 @@ def run_probe(args: argparse.Namespace, settings: Settings) -> int:
         print(json.dumps({"release_id": probes.release_id, "probes": count, "cosine": lowest}))
     else:
         console.print(
-            f"release {probes.release_id}: {count} probes, lowest cosine {lowest:.6f}",
+            f"release {probes.release_id} at {settings.triton}: {count} probes, lowest cosine "
+            f"{lowest:.6f}",
             markup=False,
         )
     return 0
