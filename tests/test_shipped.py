@@ -62,7 +62,7 @@ def test_what_it_was_trained_on_is_not_asked_about(tmp_path: Path) -> None:
     card = (SHIPPED / "README.md").read_text("utf-8")
     assert f"{facts['products']:,} products of `{facts['data']}`" in card
     (tmp_path / "products.parquet").write_bytes(b"another catalog")
-    assert side_of(tmp_path, SHIPPED) == "all"
+    assert side_of(tmp_path, SHIPPED) == "new"
 
 
 def test_what_its_start_was_trained_on_is_not_asked_about_either(tmp_path: Path) -> None:

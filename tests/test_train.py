@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import random
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,30 +18,27 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_contract.errors import CheckpointError, SourceError
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.checkpoint import SHIPPED, load_towers, save_make
+from towers.checkpoint import load_towers, save_make
 from towers.evaluate import evaluate
 from towers.heads import FUSIONS, Heads
 from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders, no_advance
 from towers.learning.examples import general_queries, general_texts, make_examples, piece_of
 from towers.learning.keywords import AttributeKeywords, Prototypes, TitleKeywords
-from towers.learning.split import sides_of
 from towers.learning.student import Lesson, Teaching, evenly, with_query_layers
-from towers.learning.systems import Towers, TrainedHeads, systems_of
+from towers.learning.systems import Towers, TrainedHeads
 from towers.learning.training import Recipe, Trainer
 from towers.learning.views import colour_not_in_title
 from towers.make import Make
 from towers.train import (
     Bars,
     Material,
-    asked_columns,
     parser,
     prepare,
-    query_layers,
+    start_towers,
     teach,
     train_heads,
 )
@@ -69,7 +64,7 @@ def material(folder: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
     work = str(tmp_path_factory.mktemp("work"))
     flags = ["--data", str(folder), "--start", str(start), "--work", work, "--out", work]
     flags += ["--general-texts", "500"]
-    return prepare(parser().parse_args(flags), Bars())
+    return prepare(parser().parse_args(flags), start_towers(str(start)), Bars())
 
 
 def trainer(material: Material, recipe: Recipe = RECIPE) -> Trainer:
@@ -355,46 +350,3 @@ def killed_and_run_again(folder: Path, start: Path, out: Path) -> str:
     assert process.returncode == -signal.SIGKILL
     assert not (out / "config.json").exists()
     return finished(command(folder, start, out))
-
-
-def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -> None:
-    data = read_data(folder)
-    with pytest.raises(SourceError, match=r"no attributes \['size'\]; it has \['articleType'"):
-        asked_columns(data, ["size"])
-    args = parser().parse_args(command(folder, start, tmp_path / "out", "--query-layers", "9")[3:])
-    with pytest.raises(CheckpointError, match="--query-layers 9: expected 1 to 2"):
-        query_layers(args, tiny_make())
-    done = subprocess.run(
-        command(tmp_path / "nowhere", start, tmp_path / "out"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "products.parquet: not found" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_the_documented_commands(folder: Path, tmp_path: Path) -> None:
-    """From the shipped checkpoint, on another catalog: then it searches that one better."""
-    text = (ROOT / "docs" / "training.md").read_text("utf-8")
-    lines = re.findall(r"^\$ \.venv/bin/python (.*)$", text, re.MULTILINE)[:2]
-    reports = []
-    for line in lines:
-        words = line.replace("my_catalog", str(folder)).replace("build/my_towers", str(tmp_path))
-        few = ["--work", str(tmp_path / "work"), "--general-texts", "300", "--epochs", "8"]
-        flags = few if "towers.train" in line else ["--out", str(tmp_path / "page")]
-        done = subprocess.run(
-            [sys.executable, *shlex.split(words), *flags], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(done.stdout.splitlines()[-1]))
-    training, evaluation = reports[0], reports[1][str(folder)]
-    assert training["recipe"]["epochs"] == 8
-    data = read_data(folder)
-    data = data.select(sides_of(data)["test"])
-    shipped = load_towers(str(SHIPPED))
-    (before,) = evaluate(data, [systems_of(shipped, {})[-1]], ["uneven"]).values()
-    after = evaluation["make"]["uneven"]
-    assert after["queries"] == len(before["uneven"]["ndcg@10"])
-    assert after["ndcg@10"] > before["uneven"]["ndcg@10"].mean() + 0.05

@@ -41,6 +41,7 @@ from towers.train import (
     add_material_flags,
     prepare,
     rounded,
+    start_towers,
     train_heads,
 )
 
@@ -92,7 +93,7 @@ _material: list[Material] = []
 
 def _start(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    _material.append(prepare(args, Bars()))
+    _material.append(prepare(args, start_towers(args.start), Bars()))
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
@@ -241,7 +242,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     names = args.variant or list(RECIPES)
     bars = Bars()
     with bars.progress:
-        material = prepare(args, bars)
+        material = prepare(args, start_towers(args.start), bars)
     recipes = [recipe_of(name, args, seed) for name in names for seed in range(args.seeds)]
     train_all(recipes, args, material.examples)
     found = figures(names, args, material)

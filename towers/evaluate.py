@@ -32,6 +32,7 @@ from towers.learning.metrics import (
 from towers.learning.page import write_page
 from towers.learning.split import sides_of
 from towers.learning.systems import System, systems_of
+from towers.learning.trained import new_rows
 from towers.learning.views import VIEWS
 
 HEADLINE = "ndcg@10"
@@ -39,6 +40,7 @@ KNOWN_ITEM = "known_item_hit@10"
 KNOWN_QUERIES, KNOWN_WORDS = 1000, 3
 SAMPLES, SHOWN = 12, 8
 OTHERS = ("bm25", "pretrained", *BASELINES)
+NEEDED = "they need pictures, a column of colours, or queries by three attributes"
 console = Console(stderr=True)
 
 Found = dict[str, dict[str, Figures]]
@@ -107,17 +109,22 @@ def say(data: ProductData, found: Found) -> None:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """Means by system and slice, with the headline's interval."""
+    """Means by system and slice, with the headline's interval; the last one ÷ each, paired."""
     report: dict[str, Any] = {}
+    last = list(found)[-1]
     for system, by_slice in found.items():
         report[system] = {}
         for name, figures in by_slice.items():
             interval = mean_interval(figures[HEADLINE])
-            report[system][name] = {
+            report[system][name] = of_slice = {
                 **means_of(figures),
                 f"{HEADLINE}_interval": [round(interval.low, 4), round(interval.high, 4)],
                 "queries": len(figures[HEADLINE]),
             }
+            if system != last and figures[HEADLINE].any():
+                ratio = ratio_interval(found[last][name][HEADLINE], figures[HEADLINE])
+                of_slice[f"{last}_to_it"] = round(ratio.value, 4)
+                of_slice[f"{last}_to_it_interval"] = [round(ratio.low, 4), round(ratio.high, 4)]
     return report
 
 
@@ -134,8 +141,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--checkpoint", default=str(SHIPPED), help="folder or hub name")
     top.add_argument(
         "--side",
-        choices=["train", "dev", "test", "all"],
-        help="default: test for the folder that the checkpoint was trained on, all for others",
+        choices=["train", "dev", "test", "new", "all"],
+        help="default: test for the folder that the checkpoint was trained on; for others new, all "
+        "products whose title and picture it was not trained on",
     )
     top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
     top.add_argument(
@@ -146,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def side_of(folder: Path, *checkpoints: str | Path) -> str:
-    """Products that one of these, or what it started from, was trained on are not asked about."""
+    """test, where one of these, or what it started from, was trained on the folder; else new."""
     asked = file_hash(folder / "products.parquet")
     for checkpoint in checkpoints:
         trained = training_of(checkpoint)
@@ -154,32 +162,57 @@ def side_of(folder: Path, *checkpoints: str | Path) -> str:
             if trained["products_sha256"] == asked and trained["side"] == "train":
                 return "test"
             trained = trained.get("start")
-    return "all"
+    return "new"
+
+
+def asked_about(folder: Path, asked: str | None, checkpoints: Sequence[str | Path]) -> ProductData:
+    """The products to find, and what is judged of them; says which they are."""
+    data = read_data(folder)
+    if not data.queries:
+        raise SourceError(
+            f"{folder}: expected queries.csv with judgements, found none; add it, or leave out "
+            "this folder"
+        )
+    side = asked or side_of(folder, *checkpoints)
+    rows = list(range(len(data)))
+    if side == "new":
+        rows = new_rows(data, checkpoints)
+    elif side != "all":
+        rows = sides_of(data)[side]
+    part = data.select(rows)
+    console.print(f"{folder}: side {side}, {len(part)} of {len(data)} products", markup=False)
+    if not part.queries:
+        raise SourceError(
+            f"{folder}: expected judged products on the side {side}, found none; "
+            "--side all asks about those that were trained on, too"
+        )
+    return part
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate every folder; returns the report."""
     names = [*(args.beside or OTHERS), "make"]
     trained = set(names) & set(BASELINES)  # with the shipped checkpoint, on its products
+    checkpoints = [args.checkpoint, *([SHIPPED] if trained else [])]
+    asked = {folder: asked_about(folder, args.side, checkpoints) for folder in args.data}
     systems = [s for s in systems_of(load_towers(args.checkpoint), baselines()) if s.name in names]
     report = {}
-    for folder in args.data:
-        data = read_data(folder)
-        side = args.side or side_of(folder, args.checkpoint, *([SHIPPED] if trained else []))
-        console.print(f"{folder}: side {side}", markup=False)
-        if trained and side_of(folder, SHIPPED) == "all":
-            console.print(f"{', '.join(sorted(trained))}: not trained on this catalog")
-        if side != "all":
-            data = data.select(sides_of(data)[side])
-        if not data.queries:
-            raise SourceError(f"{folder}: expected queries.csv with judgements, found none")
-        found = evaluate(data, systems, args.slice or list(VIEWS))
+    for folder, data in asked.items():
+        if trained and side_of(folder, SHIPPED) == "new":
+            said = f"{folder}: {', '.join(sorted(trained))} were not trained on this catalog"
+            console.print(said, markup=False)
+        views = args.slice or list(VIEWS)
+        found = evaluate(data, systems, views)
+        if left_out := [name for name in views if name not in found["make"]]:
+            console.print(f"{folder}: no slices {', '.join(left_out)}: {NEEDED}", markup=False)
         say(data, found)
         report[str(folder)] = as_json(found)
         if any(data.images) and "all" in found["make"]:
             named = {system.name: system for system in systems}
             shown = [named[best_baseline(found, "make")], named["make"]]
-            page = args.out / f"{data.name}.html"
+            alike = [other for other in asked if other.name == folder.name]
+            number = f"-{alike.index(folder) + 1}" if len(alike) > 1 else ""
+            page = args.out / f"{data.name}{number}.html"
             write_page(data, shown, page, SAMPLES, SHOWN)
             console.print(f"page: {page}", markup=False)
     return report

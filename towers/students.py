@@ -24,7 +24,15 @@ from towers.learning.student import Lesson
 from towers.learning.systems import TrainedHeads
 from towers.learning.training import Recipe
 from towers.make import Make
-from towers.train import Bars, add_material_flags, prepare, teach, train_heads, with_heads
+from towers.train import (
+    Bars,
+    add_material_flags,
+    prepare,
+    start_towers,
+    teach,
+    train_heads,
+    with_heads,
+)
 
 ROUNDS, CALLS, BATCH = 15, 5, 64
 SLICES = ("all", "unseen_combination", "colour_not_in_title")
@@ -54,7 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Teach, compare, write."""
     bars = Bars()
     with bars.progress:
-        material = prepare(args, bars)
+        material = prepare(args, start_towers(args.start), bars)
         recipe = Recipe()
         told = bars.steps("heads", recipe.epochs)
         heads, scale = train_heads(recipe, material, told, args.work / "runs")

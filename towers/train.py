@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from retrieval_contract.errors import CheckpointError, SourceError
+from retrieval_contract.errors import CheckpointError
 from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make, training_of
 from towers.command import answer
 from towers.heads import Heads
@@ -37,6 +37,7 @@ from towers.learning.pictures import (
 )
 from towers.learning.split import sides_of
 from towers.learning.student import Lesson, Teaching, with_query_layers
+from towers.learning.trained import save_trained_on
 from towers.learning.training import Recipe, Told, Trainer
 from towers.make import Make
 from towers.pretrained import pretrained_make
@@ -45,6 +46,7 @@ from towers.two_towers import unit
 DRAWS, DRAWN_BY = 8, 0
 """Queries a product, and the seed that they are drawn by: every run has the same."""
 WORK = Path("build/training")
+NO_ATTRIBUTES = "none, no text column repeats few values; --attribute NAME takes one all the same"
 Module = TypeVar("Module", bound=torch.nn.Module)
 console = Console(stderr=True)
 
@@ -72,15 +74,6 @@ class Bars:
         return lambda done, loss: self.progress.update(
             task, completed=done, note=f"loss {loss:.3f}"
         )
-
-
-def asked_columns(data: ProductData, chosen: Sequence[str] | None) -> list[str]:
-    """The attributes that queries name: the chosen ones, else all there are."""
-    if unknown := set(chosen or ()) - set(data.attributes):
-        raise SourceError(
-            f"{data.name}: no attributes {sorted(unknown)}; it has {sorted(data.attributes)}"
-        )
-    return list(chosen or data.attributes)
 
 
 def start_towers(where: str | None) -> Make:
@@ -130,13 +123,13 @@ class Material:
     examples: Examples
 
 
-def prepare(args: argparse.Namespace, bars: Bars) -> Material:
+def prepare(args: argparse.Namespace, towers: Make, bars: Bars) -> Material:
     """Read the catalog and encode it, or take from `args.work` what an earlier run encoded."""
-    data = read_data(args.data)
-    columns = asked_columns(data, args.attribute)
+    data = read_data(args.data, args.attribute or ())
+    columns = args.attribute or list(data.attributes)
+    console.print(f"{args.data}: attributes: {', '.join(columns) or NO_ATTRIBUTES}", markup=False)
     if not args.everything:
-        data = data.select(sides_of(data)["train"])
-    towers = start_towers(args.start)
+        data = train_side(data)
     towers.to("cuda" if torch.cuda.is_available() else "cpu")
     titles = [title for folder in args.general for title in read_data(folder).titles]
     general = general_texts(vocabulary_of(towers), titles, args.general_texts, DRAWN_BY)
@@ -145,6 +138,13 @@ def prepare(args: argparse.Namespace, bars: Bars) -> Material:
     encoders = Encoders(towers, args.work / "features")
     examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
     return Material(columns, towers, encoders, titles, general, examples)
+
+
+def train_side(data: ProductData) -> ProductData:
+    """The products that are trained on."""
+    rows = sides_of(data)["train"]
+    console.print(f"{len(rows)} of {len(data)} products are trained on", markup=False)
+    return data.select(rows)
 
 
 def picture_epochs(args: argparse.Namespace) -> int:
@@ -271,8 +271,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     args.work.mkdir(parents=True, exist_ok=True)
     bars = Bars()
     with bars.progress:
-        material = prepare(args, bars)
-        towers = material.towers
+        towers = start_towers(args.start)
+        layers, has = query_layers(args, towers), len(towers.query_text.bert.encoder.layer)
+        material = prepare(args, towers, bars)
         recipe = Recipe(
             fusion=towers.config.fusion,
             epochs=args.epochs,
@@ -285,11 +286,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             recipe, material, told, args.work / "runs", towers.heads if args.start else None
         )
         made = with_heads(towers, heads, recipe)
-        layers, has = query_layers(args, towers), len(towers.query_text.bert.encoder.layer)
         lesson = Lesson(layers, args.rounds, scale=scale, seed=args.seed) if layers < has else None
         if lesson:
             made = teach(made, material, lesson, bars, args.work / "runs")
     save_make(rounded(made), args.out)
+    save_trained_on(material.examples.data, args.out, args.start)
     facts = {
         "data": args.data.name,
         "products_sha256": file_hash(args.data / "products.parquet"),

@@ -29,7 +29,7 @@ def load_heads(folder: Path, fusion: str) -> Heads:
     """The heads of a file; their sizes are those of its tensors."""
     path = folder / f"{fusion}.safetensors"
     if not path.is_file():
-        raise CheckpointError(f"{path}: not found; make it (python -m towers.ablation)")
+        raise CheckpointError(f"{path}: not found; make it (python -m towers.ablation --baselines)")
     state = {name: tensor.float() for name, tensor in load_file(path).items()}
     hidden, width = state["query_head.residual.0.weight"].shape
     heads = Heads(fusion, width, IMAGE_FEATURES, hidden, len(state["projection.weight"]))

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from retrieval_contract.errors import SourceError
 from towers.learning.catalog import ProductData
 from towers.learning.encoders import Advance, Encoders
 from towers.learning.queries import QueryMaker, TrainingQuery, spoil
@@ -114,11 +115,16 @@ def make_examples(
 ) -> Examples:
     """Encode everything once; `progress(what, rows)` gives the callback that counts them.
 
-    Products that say nothing to ask them by are left out.
+    Products that say nothing to ask them by are left out; SourceError where none is left.
     """
     rng = random.Random(seed)
     every = QueryMaker(data, columns)
     data = data.select([row for row in range(len(data)) if every.can_ask(row)])
+    if not len(data):
+        raise SourceError(
+            f"{data.name}: expected products with a title or an attribute to ask by, got none to "
+            "train on; add titles, name columns by --attribute, or give more products"
+        )
     maker = QueryMaker(data, columns)
     drawn = [[maker.draw(row, rng) for row in range(len(data))] for _ in range(draws)]
     variants = (data.titles, *cut_titles(data))
@@ -129,6 +135,7 @@ def make_examples(
     advance = progress("queries", draws * rows)
     queries = [encoders.queries([query.text for query in draw], advance) for draw in drawn]
     pieces = [piece_of(text, rng) for text in general]
+    nothing = titles[0, :0]
     return Examples(
         data,
         titles,
@@ -139,6 +146,6 @@ def make_examples(
         drawn,
         torch.stack(queries),
         pieces,
-        encoders.queries(pieces, progress("general pieces", len(general))),
-        encoders.titles(general, progress("general texts", len(general))),
+        encoders.queries(pieces, progress("general pieces", len(general))) if general else nothing,
+        encoders.titles(general, progress("general texts", len(general))) if general else nothing,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from towers.learning.catalog import ProductData
@@ -15,6 +16,7 @@ PHRASES = {"gender": "for {}", "baseColour": "in {}", "usage": "for {} wear", "s
 ATTRIBUTE_SHARE = 0.6
 TYPO, DROP = 0.08, 0.1
 FEWEST_WORDS = 2
+NOTHING_SAID = ("na", "n/a", "nan", "none", "null", "unknown")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,31 @@ class TrainingQuery:
     attributes: tuple[tuple[str, str], ...] = ()
 
 
+class ValuesNamed:
+    """Tells which attribute values of a catalog a text names: those whose every word is in it.
+
+    Not those that are part of a longer one that is named as well: navy blue is not blue.
+    """
+
+    def __init__(self, attributes: Mapping[str, Sequence[str]]) -> None:
+        self._by_word: dict[str, list[tuple[str, str, frozenset[str]]]] = defaultdict(list)
+        for column, values in attributes.items():
+            for value in filter(is_value, sorted(set(values))):
+                words = frozenset(words_of(value))
+                self._by_word[min(words)].append((column, value, words))
+
+    def __call__(self, words: Sequence[str]) -> list[tuple[str, str]]:
+        """(column, value), in an order that depends on the words alone."""
+        said = frozenset(words_of(" ".join(words)))
+        there = [
+            found
+            for word in sorted(said)
+            for found in self._by_word.get(word, ())
+            if found[2] <= said
+        ]
+        return [(c, v) for c, v, its in there if not any(its < other for *_, other in there)]
+
+
 class QueryMaker:
     """Draws one query for a product. The evaluation's combinations never occur.
 
@@ -33,55 +60,59 @@ class QueryMaker:
 
     def __init__(self, data: ProductData, columns: Sequence[str]) -> None:
         self.data, self.columns = data, columns
+        self._values_named = ValuesNamed(data.attributes)
 
     def can_ask(self, row: int) -> bool:
         """Whether the product in `row` says anything that it could be asked by."""
-        return bool(self.data.titles[row].strip() or self._named(row))
+        return bool(self.data.titles[row].strip() or self._known_of(row))
 
     def draw(self, row: int, rng: random.Random) -> TrainingQuery:
         """One query for the product in `row`, which must be one that `can_ask`."""
-        named = self._named(row)
+        known = self._known_of(row)
         title = self.data.titles[row].strip()
-        if named and (rng.random() < ATTRIBUTE_SHARE or not title):
-            return self._of_attributes(named, rng)
-        return TrainingQuery(self._of_title(title, [v for _, v in named], rng))
+        chosen: list[tuple[str, str]] = []
+        if known and (rng.random() < ATTRIBUTE_SHARE or not title):
+            chosen = _choose(known, rng)
+            phrases = " ".join(_phrase(name, value, rng) for name, value in chosen)
+            words = phrases.lower().split()
+        else:
+            words = _part_of(title.lower().split(), rng)
+        words = self._without_held_out(lose(words, rng), rng)
+        said = set(words_of(" ".join(words)))
+        left = tuple(pair for pair in chosen if set(words_of(pair[1])) <= said)
+        return TrainingQuery(mistyped(words, rng), left)
 
-    def _named(self, row: int) -> list[tuple[str, str]]:
+    def _known_of(self, row: int) -> list[tuple[str, str]]:
         pairs = [(name, self.data.attributes[name][row]) for name in self.columns]
         return [(name, value) for name, value in pairs if is_value(value)]
 
-    def _of_attributes(self, named: list[tuple[str, str]], rng: random.Random) -> TrainingQuery:
-        chosen = rng.sample(named, min(len(named), rng.randint(1, 3)))
-        while len(chosen) > 2 and names_held_out([value for _, value in chosen]):
-            chosen.pop()
-        words = [_phrase(name, value, rng) for name, value in chosen]
-        return TrainingQuery(spoil(" ".join(words).lower().split(), rng), tuple(chosen))
-
-    def _of_title(self, title: str, values: list[str], rng: random.Random) -> str:
-        words = title.split()
-        if rng.random() < 0.5:  # a span
-            length = rng.randint(min(FEWEST_WORDS, len(words)), min(6, len(words)))
-            start = rng.randint(0, len(words) - length)
-            words = words[start : start + length]
-        else:  # keywords
-            words = rng.sample(
-                words, rng.randint(min(FEWEST_WORDS, len(words)), min(4, len(words)))
-            )
-        while len(words) > 1 and names_held_out(there := _said(words, values)):
-            gone = set(words_of(rng.choice(there)))
-            words = [word for word in words if not gone & set(words_of(word))] or words[:1]
-        return spoil([word.lower() for word in words], rng)
+    def _without_held_out(self, words: list[str], rng: random.Random) -> list[str]:
+        """Values go, one by one, until no three that are left are a held-out combination."""
+        while len(words) > 1 and names_held_out(there := self._values_named(words)):
+            gone = set(words_of(rng.choice(there)[1]))
+            left = [word for word in words if not gone & set(words_of(word))]
+            words = left if 0 < len(left) < len(words) else words[:-1]
+        return words
 
 
-def _said(words: Sequence[str], values: Sequence[str]) -> list[str]:
-    """Those of the values whose every word is among these."""
-    said = set(words_of(" ".join(words)))
-    return [value for value in values if set(words_of(value)) <= said]
+def _choose(known: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    chosen = rng.sample(known, min(len(known), rng.randint(1, 3)))
+    return chosen[:-1] if names_held_out(chosen) else chosen
+
+
+def _part_of(words: list[str], rng: random.Random) -> list[str]:
+    """A span of a title, or some of its words in any order."""
+    fewest = min(FEWEST_WORDS, len(words))
+    if rng.random() < 0.5:
+        length = rng.randint(fewest, min(6, len(words)))
+        start = rng.randint(0, len(words) - length)
+        return words[start : start + length]
+    return rng.sample(words, rng.randint(fewest, min(4, len(words))))
 
 
 def is_value(value: str) -> bool:
     """Whether an attribute's value says something."""
-    return value not in ("", "NA", "None")
+    return value.lower() not in NOTHING_SAID and bool(words_of(value))
 
 
 def _phrase(name: str, value: str, rng: random.Random) -> str:
@@ -96,9 +127,19 @@ def _singular(value: str) -> str:
 
 def spoil(words: list[str], rng: random.Random) -> str:
     """Sometimes a word is lost, sometimes one is mistyped."""
+    return mistyped(lose(words, rng), rng)
+
+
+def lose(words: list[str], rng: random.Random) -> list[str]:
+    """All words, or all but one of several."""
     if len(words) > FEWEST_WORDS and rng.random() < DROP:
         lost = rng.randrange(len(words))
-        words = words[:lost] + words[lost + 1 :]
+        return words[:lost] + words[lost + 1 :]
+    return words
+
+
+def mistyped(words: list[str], rng: random.Random) -> str:
+    """The words as one text, now and then with a typing error."""
     if rng.random() < TYPO:
         at = rng.randrange(len(words))
         words = [*words[:at], mistype(words[at], rng), *words[at + 1 :]]

@@ -47,9 +47,9 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     temperature: float = 0.05
-    colour_cut: float = 0.3
-    first_word: float = 0.1
-    blank: float = 0.1
+    colour_cut: float = 0.1
+    first_word: float = 0.05
+    blank: float = 0.05
     dropped: float = 0.1
     prototypes: float = 0.5
     general: float = 1.0
@@ -221,7 +221,7 @@ class Trainer:
             loss = loss + self.recipe.prototypes * self.prototypes.loss(
                 rows, [scale * products @ v.T for v in values]
             )
-        if self.recipe.general:
+        if self.recipe.general and len(self.examples.general_titles):
             loss = loss + self.recipe.general * self._general_loss(chance)
         return loss
 

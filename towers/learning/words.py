@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import snowballstemmer
 
-WORD = re.compile(r"[a-z0-9]+")
-HYPHEN = re.compile(r"(?<=[a-z])-(?=[a-z])")
+WORD = re.compile(r"[^\W_]+")
+HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
 T_SHIRT = re.compile(r"\b(t|tee) shirt")
 POSSESSIVE = re.compile(r"['’]s?\b")
 _stem = lru_cache(maxsize=None)(snowballstemmer.stemmer("english").stemWord)
