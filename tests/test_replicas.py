@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -18,10 +21,14 @@ from deploy.server import LOOPBACK, Server, choose_ports
 from deploy.server import triton as start_triton
 from retrieval_client import Encoder, Settings
 from retrieval_client.channel import target_of
+from retrieval_client.handshake import Served
+from retrieval_client.replicas import AT_ONCE
+from retrieval_client.retry import EARNED, MOST
 from retrieval_contract.errors import (
     DeadlineExceeded,
     ReleaseMismatch,
     RetrievalError,
+    ServerDraining,
     ServerUnavailable,
 )
 from retrieval_contract.tensors import Array
@@ -69,6 +76,41 @@ def test_nobody_is_said_before_the_deadline() -> None:
         with pytest.raises(ServerUnavailable, match="make serve"):
             encoder.encode_queries(["red shoes"])
         assert time.monotonic() - start < 10
+
+
+class Away(grpc.GenericRpcHandler):
+    """A server that is always stopping, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = Counter[str]()
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(partial(self.refuse, details.method))
+
+    def refuse(self, method: str, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.asked[method.rpartition("/")[2]] += 1
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Server is stopping")
+        return b""
+
+
+def test_callers_of_servers_that_are_all_away_make_no_storm() -> None:
+    """Each asks two of them by name at once; what they may ask after that is spent together."""
+    away, callers = Away(), 16
+    with ThreadPoolExecutor(32) as workers, ThreadPoolExecutor(callers) as pool, ExitStack() as on:
+        servers = [grpc.server(workers, handlers=(away,)) for _ in range(2)]
+        ports = [server.add_insecure_port(f"{LOOPBACK}:0") for server in servers]
+        for server in servers:
+            server.start()
+            on.callback(lambda server=server: server.stop(None).wait())
+        both = Settings(triton=",".join(f"{LOOPBACK}:{port}" for port in ports), timeout_s=10)
+        with Encoder(both) as encoder:
+            texts = [[f"{n}"] * 20 for n in range(callers)]  # too many to travel together
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Encoder, "served", lambda *_: Served("0" * 16, 8))
+                calls = [pool.submit(encoder.encode_queries, each) for each in texts]
+                assert {type(call.exception()) for call in calls} == {ServerDraining}
+    asked = away.asked["ModelInfer"]
+    assert callers * (1 + AT_ONCE) <= asked <= callers * (1 + AT_ONCE + EARNED) + MOST
 
 
 def test_replicas_of_two_releases_are_a_mismatch(triton: Server, tiny_release: Path) -> None:

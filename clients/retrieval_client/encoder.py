@@ -17,7 +17,7 @@ from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
 from retrieval_client.handshake import Served, describe
 from retrieval_client.ledger import RequestTimes, Statistics, took_from_reply
-from retrieval_client.replicas import Patience, Replicas
+from retrieval_client.replicas import Replicas, Turns
 from retrieval_client.retry import Backoff, Beside, RetryBudget
 from retrieval_client.settings import Settings
 from retrieval_client.spelling import query_bytes, text_bytes
@@ -308,11 +308,12 @@ class Encoder:
 
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
         """The answer of any replica of the release that the request names."""
+        turns = Turns(self._stub, self._replicas, deadline, self._budget)
         if request.model_name != models.PRODUCT_ENCODER.name:
-            return self._attempts(self._stub.ModelInfer, request, deadline, known)
-        with Beside(self._stub.ModelInfer, deadline) as beside:
+            return self._attempts(turns, turns, request, deadline, known)
+        with Beside(turns, deadline) as beside:
             try:
-                return self._attempts(beside, request, deadline, known)
+                return self._attempts(beside, turns, request, deadline, known)
             except (DeadlineExceeded, ServerUnavailable):
                 if (slow := beside.slow) is None:
                     raise
@@ -322,16 +323,17 @@ class Encoder:
     def _attempts(
         self,
         ask: Callable[..., Any],
+        turns: Turns,
         request: pb.ModelInferRequest,
         deadline: Deadline,
         known: Served,
     ) -> Any:
-        """Ask, and again where that may help.
+        """Ask, `ask` whoever's turn it is, and again where that may help.
 
         The first attempt gets half of the time: a process that dies takes what it was computing
         with it, and Triton says nothing.
         """
-        others, backoff = Patience(deadline), Backoff(deadline, self._budget)
+        backoff = Backoff(deadline, self._budget)
         self._budget.earn()
         attempt = Deadline(deadline.left_s / 2)
         request.parameters[TRAFFIC].string_param = self._traffic
@@ -345,11 +347,12 @@ class Encoder:
                 if deadline.passed or not self._budget.spend():
                     raise
                 attempt = deadline
+                turns.anybody()
             except ServerBusy:
                 if not backoff.wait():
                     raise
             except ServerUnavailable:
-                if not (self._others_serve(known, deadline) and others.wait()):
+                if not (self._others_serve(known, deadline) and turns.elsewhere()):
                     self._served = None  # whoever answers next may be another release
                     raise
 
