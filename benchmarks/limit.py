@@ -112,7 +112,7 @@ def query_work(
     """Texts → vectors."""
     graph = graph_of(folder, models.QUERY_TOWER, release.version)
     preprocess = TextPreprocessor(
-        _tokenizer(folder, models.QUERY_TOKENIZER, release), release.query, required=True
+        tokenizer_of(folder, models.QUERY_TOKENIZER, release), release.query, required=True
     )
 
     def run(rows: Sequence[Row]) -> object:
@@ -127,7 +127,7 @@ def product_work(folder: Path, release: Release, source: Path, sizes: Sequence[i
     """Title and image file → vectors."""
     graph = graph_of(folder, models.PRODUCT_TOWER, release.version)
     preprocess = ProductPreprocessor(
-        _tokenizer(folder, models.PRODUCT_PREPROCESSOR, release), release.title, release.image
+        tokenizer_of(folder, models.PRODUCT_PREPROCESSOR, release), release.title, release.image
     )
 
     def run(rows: Sequence[Row]) -> object:
@@ -149,7 +149,7 @@ def product_rows(source: Path) -> list[Row]:
     return [(row.title, row.image) for row in itertools.islice(good, PRODUCTS)]
 
 
-def _tokenizer(folder: Path, model: Model, release: Release) -> str:
+def tokenizer_of(folder: Path, model: Model, release: Release) -> str:
     path = folder / "model_repository" / model.name / str(release.version) / models.TOKENIZER_FILE
     return path.read_text("utf-8")
 
