@@ -2,8 +2,8 @@
 
 Run when the image is built and when it starts. The table is NVIDIA's release notes and Triton's
 repository as of September 2026; TensorRT's row was inferred (11.3 is the first of CUDA 13.4), so
-the library itself is asked. Drivers: docs.nvidia.com/deploy/cuda-compatibility, minor version
-compatibility.
+the library itself is asked, and ONNX Runtime's as well. Drivers: minor version compatibility,
+docs.nvidia.com/deploy/cuda-compatibility.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 from retrieval_contract.errors import DeployError
 
 TRITON_HOME = Path("/opt/tritonserver")
 BINDINGS = "tensorrt_cu13_bindings"
+MAJORS = range(15, 7, -1)
+"""Of TensorRT's library, whose name holds it: another than the table's must be seen, too."""
 
 
 @dataclass(frozen=True)
 class Versions:
-    """What belongs together; empty: not to be seen here."""
+    """What belongs together; empty: not found."""
 
     triton: str = ""
     cuda: str = ""
@@ -39,6 +42,8 @@ TABLE: Mapping[str, Versions] = {
 }
 """Container tag → versions; of runtime and driver the lowest."""
 LOWEST = ("onnxruntime", "driver")
+UNSEEN = ("driver",)
+"""What an image may lack: it comes with the GPU, so not while the image is built."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,22 @@ class Finding:
     part: str
     wanted: str
     found: str
+    may_lack: bool = True
 
     @property
     def ok(self) -> bool:
-        """What cannot be seen (the driver, while an image is built) is no objection."""
+        """Whether it is as wanted, or may be lacking, and is."""
         if not self.found:
-            return True
+            return self.may_lack
         found, wanted = _numbers(self.found), _numbers(self.wanted)
         if self.part in LOWEST:
             return found >= wanted
         return found[: len(wanted)] == wanted
 
     def __str__(self) -> str:
-        verdict = ("ok" if self.found else "not to be seen here") if self.ok else "DIFFERS"
+        verdict = "ok" if self.ok else "DIFFERS"
+        if not self.found:
+            verdict = "not to be seen here" if self.ok else "NOT FOUND"
         at_least = ">= " if self.part in LOWEST else ""
         return f"{self.part:<12} {at_least + self.wanted:<10} {self.found or '-':<14} {verdict}"
 
@@ -71,10 +79,11 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
-def verdict(tag: str, found: Versions, bindings: str = "") -> list[Finding]:
+def verdict(tag: str, found: Versions, bindings: str = "", in_image: bool = False) -> list[Finding]:
     """What is found beside the table's row of that tag; `bindings`: of TensorRT's Python module.
 
-    Raises DeployError for a tag that the table does not have.
+    In an image all but the driver must be found. Raises DeployError for a tag that the table does
+    not have.
     """
     if tag not in TABLE:
         raise DeployError(
@@ -82,34 +91,55 @@ def verdict(tag: str, found: Versions, bindings: str = "") -> list[Finding]:
             "it, and give it a row in deploy/versions.py"
         )
     wanted, have = asdict(TABLE[tag]), asdict(found)
-    findings = [Finding(f.name, wanted[f.name], have[f.name]) for f in fields(Versions)]
-    if bindings and found.tensorrt:  # an engine's builder and its runtime are one library
-        findings.append(Finding("its bindings", found.tensorrt, bindings))
+    findings = [
+        Finding(name, wanted[name], have[name], not in_image or name in UNSEEN)
+        for name in (field.name for field in fields(Versions))
+    ]
+    if found.tensorrt:  # an engine's builder and its runtime are one library
+        findings.append(Finding("its bindings", found.tensorrt, bindings, not in_image))
     return findings
 
 
 def look(home: Path = TRITON_HOME) -> Versions:
     """What this machine, or image, holds."""
-    runtimes = (home / "backends" / "onnxruntime").glob("libonnxruntime.so.*.*")
     return Versions(
         triton=os.environ.get("TRITON_SERVER_VERSION", ""),
         cuda=os.environ.get("CUDA_VERSION", ""),
         tensorrt=_tensorrt(),
-        onnxruntime=max((path.name.partition(".so.")[2] for path in runtimes), default=""),
+        onnxruntime=_onnxruntime(home / "backends" / "onnxruntime" / "libonnxruntime.so"),
         driver=nvidia_smi("driver_version"),
     )
 
 
 def _tensorrt() -> str:
-    """As `libnvinfer` itself says: 110300 is 11.3.0 (NvInferVersion.h)."""
-    majors = {_numbers(row.tensorrt)[0] for row in TABLE.values()}
-    for major in sorted(majors, reverse=True):
+    """As `libnvinfer` itself says, of whatever major: 110300 is 11.3.0 (NvInferVersion.h)."""
+    for major in MAJORS:
         try:
             number = int(ctypes.CDLL(f"libnvinfer.so.{major}").getInferLibVersion())
         except (OSError, AttributeError):
             continue
         return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     return ""
+
+
+class _OrtApiBase(ctypes.Structure):
+    """As in onnxruntime_c_api.h."""
+
+    _fields_: ClassVar = [
+        ("get_api", ctypes.c_void_p),
+        ("get_version_string", ctypes.CFUNCTYPE(ctypes.c_char_p)),
+    ]
+
+
+def _onnxruntime(library: Path) -> str:
+    """As the library itself says; in NVIDIA's image its name does not."""
+    try:
+        api_base = ctypes.CDLL(str(library)).OrtGetApiBase
+    except (OSError, AttributeError):
+        return ""
+    api_base.restype = ctypes.POINTER(_OrtApiBase)
+    said: bytes = api_base().contents.get_version_string()
+    return said.decode()
 
 
 def nvidia_smi(fields: str) -> str:
@@ -134,7 +164,7 @@ def bindings_version() -> str:
 
 def check_versions(tag: str) -> str:
     """The verdict to read; DeployError with it where something differs."""
-    findings = verdict(tag, look(), bindings_version())
+    findings = verdict(tag, look(), bindings_version(), TRITON_HOME.is_dir())
     text = "\n".join([f"Triton image {tag}", *map(str, findings)])
     if not all(finding.ok for finding in findings):
         raise DeployError(
