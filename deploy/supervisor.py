@@ -2,7 +2,8 @@
 
 Triton 2.51 does not start a dead Python model again, and goes on calling itself and the model
 ready. So the processes are counted and real inferences are asked for; what has died is loaded anew,
-and a model that neither answers nor gets on is killed first. Where that does not help, or the
+and what hangs is killed first: a process that has not got on for long by its own account
+(`pulse.py`), and all of a model that neither answers nor gets on. Where that does not help, or the
 server itself has ended, all of it is started again on the same ports, with growing pauses, a few
 times and no more.
 """
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 
 from deploy.instance import Instance
 from deploy.own_http import ALIVE, Done
-from deploy.stubs import SHARED_MEMORY, kill, stubs_of, sweep
+from deploy.stubs import SHARED_MEMORY, Stub, kill, stubs_of, sweep
 from retrieval_contract import models
 from retrieval_contract.errors import DeployError, ReleaseMismatch, RetrievalError, ServerError
+from retrieval_contract.pulse import still_s
 from retrieval_contract.tensors import Ensemble
 
 EVERY_S = 0.5
@@ -31,7 +33,8 @@ EVERY_S = 0.5
 ASK_S = 2.0
 """What a probe may take before it counts as unanswered."""
 HUNG_S = 15.0
-"""So long unanswered, and nobody else answered meanwhile: it hangs. A queue is no hang."""
+"""So long unanswered, and nobody else answered meanwhile: it hangs. A queue is no hang, and nor is
+work that gets on."""
 LOAD_S = 30.0
 RELOADS = 3
 """Attempts to load one model again, in a row, before the whole server is started again."""
@@ -111,6 +114,7 @@ class Supervisor(threading.Thread):
         process = self.instance.process
         while not self._over.wait(EVERY_S) and process.poll() is None:
             try:
+                self._kill_stuck()
                 self._revive_dead()
                 for ensemble in models.ENSEMBLES:
                     self._judge(ensemble)
@@ -155,10 +159,34 @@ class Supervisor(threading.Thread):
         self._unanswered: dict[str, tuple[float, Done | None]] = {}
         self._killed: set[str] = set()
         """Ensembles that have not answered since something of them was killed."""
+        self._stuck: set[Stub] = set()
+        """Processes that had not got on for long at the last look."""
         self._reloads: Counter[str] = Counter()
         """Failed ones, in a row."""
 
     # ── single models ────────────────────────────────────────────────────────────────────
+    def _kill_stuck(self) -> None:
+        """Single processes: beside one that hangs its copies may answer. Two looks must find it
+        so: what was paused, and we with it, gets on at once when that is over."""
+        before, stubs = self._stuck, stubs_of(self.instance.process.pid)
+        self._stuck = {stub for stub in stubs if still_s(stub.pid) > self.hung_s}
+        for stub in self._stuck & before:
+            if self._over.is_set():
+                return
+            for ensemble in models.ENSEMBLES:
+                if stub.model in self._parts(ensemble):
+                    self._unanswered.pop(ensemble.name, None)
+                    self._killed.add(ensemble.name)
+            self._kill(stub)
+
+    def _kill(self, stub: Stub) -> None:
+        self.say(f"{stub.model} hangs: killed")
+        kill(stub)
+
+    def _parts(self, ensemble: Ensemble) -> list[str]:
+        """The models that it runs on, or that it is."""
+        return [self.http.behind(ensemble), *(step.name for step in ensemble.steps)]
+
     def _revive_dead(self) -> None:
         alive = Counter(stub.model for stub in stubs_of(self.instance.process.pid))
         for model in self.expected - alive:
@@ -186,11 +214,9 @@ class Supervisor(threading.Thread):
             if name in self._killed:
                 raise _Lost(f"{name} stays silent, though what it runs on was loaded again")
             self._killed.add(name)
-            parts = [self.http.behind(ensemble), *(step.name for step in ensemble.steps)]
             for stub in stubs_of(self.instance.process.pid):
-                if stub.model in parts:
-                    self.say(f"{stub.model} hangs: killed")
-                    kill(stub)
+                if stub.model in self._parts(ensemble):
+                    self._kill(stub)
 
     def _done(self, ensemble: Ensemble) -> Done | None:
         """As the server counts; None when it does not even say that."""

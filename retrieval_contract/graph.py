@@ -96,7 +96,7 @@ class OnnxGraph:
     def __init__(self, path: Path, threads: int, precision: str = Precision.FP32) -> None:
         self.runtime = RUNTIMES[Precision(precision)](path, threads)
         self.on_run: Callable[[dict[str, Array]], None] | None = None
-        """Told what each run computes, padding included."""
+        """Told what each run has computed, padding included; a run that failed computed nothing."""
         # Only where the graph takes any length: some towers were trained on full padding.
         self.trims = QUERY_MASK.name in self.runtime.any_length
 
@@ -121,6 +121,7 @@ class OnnxGraph:
         return found
 
     def _run(self, feed: dict[str, Array]) -> dict[str, Array]:
+        found = self.runtime.run(feed)
         if self.on_run:
             self.on_run(feed)
-        return self.runtime.run(feed)
+        return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -45,8 +45,9 @@ Key = tuple[str, str]
 class Meters:
     """One model's counters; safe to call from any thread, and cheap in all of them."""
 
-    def __init__(self, model: str, release_id: str) -> None:
-        self.model = model
+    def __init__(self, model: str, release_id: str, on_step: Callable[[], None]) -> None:
+        """`on_step` is told of each run and picture."""
+        self.model, self._on_step = model, on_step
         self._lock, self._over = threading.Lock(), threading.Event()
         self._metrics: dict[Key, Any] = {}
         self._told: Counter[Key] = Counter()
@@ -75,6 +76,7 @@ class Meters:
 
     def prepared(self, mask: Array, status: Iterable[str]) -> None:
         """A run that had, or made, rows of this mask; `status` says which it refused."""
+        self._on_step()
         tokens = int(mask.sum())
         with self._lock:
             self._counts[RUNS, ""] += 1
@@ -85,6 +87,7 @@ class Meters:
 
     def looked_at_picture(self) -> None:
         """One more of the run that is going on; many large ones take it minutes."""
+        self._on_step()
         self._add(PICTURES, "")
 
     def refused_items(self, status: Iterable[str]) -> None:

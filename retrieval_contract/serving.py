@@ -42,6 +42,7 @@ from retrieval_contract.models import (
     TOKENIZER_FILE,
 )
 from retrieval_contract.preprocess import TextPreprocessor
+from retrieval_contract.pulse import Pulse
 from retrieval_contract.release import (
     RELEASE_PARAMETER,
     ImageSpec,
@@ -97,6 +98,7 @@ class BehindDoor:
     """
 
     meters: Meters
+    pulse: Pulse
     took: Took | None = None
     """What the stages of the last run took, of models that can tell."""
 
@@ -112,11 +114,14 @@ class BehindDoor:
         """Called by Triton, once."""
         config = json.loads(args["model_config"])
         said = config["parameters"]
-        self.meters = Meters(args["model_name"], said[RELEASE_PARAMETER]["string_value"])
+        self.pulse = Pulse()
+        release_id = said[RELEASE_PARAMETER]["string_value"]
+        self.meters = Meters(args["model_name"], release_id, self.pulse.moved)
         self._inputs = [tensor["name"] for tensor in config["input"]]
         queue = parameter(args, QUEUE, UNSAID_BATCHES)
         self._door: Door[_Asked] = Door(config["max_batch_size"], queue)
         self.load(args)
+        self.pulse.start()
         self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
         self._worker.start()
 
@@ -140,6 +145,7 @@ class BehindDoor:
         self._door.close()
         self._worker.join()
         self.meters.close()
+        self.pulse.close()
 
     def _work(self) -> None:
         while (batches := self._door.take()) is not None:
@@ -150,9 +156,11 @@ class BehindDoor:
                 self._refuse(asked.sender, Refusal.LATE, "could not be computed in its time")
             for asked, reply in zip(batch, replies, strict=True):
                 _send(asked.sender, reply)
+            self.pulse.rest()
 
     def _replies(self, batch: Sequence[_Asked]) -> list[Any]:
         """One response a request."""
+        self.pulse.moved()
         began = time.perf_counter()
         try:
             arrays = map(np.concatenate, zip(*(asked.arrays for asked in batch), strict=True))

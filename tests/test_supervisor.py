@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.faults import server_kills, stub_kills
 from deploy.beside import run_beside
@@ -25,7 +26,11 @@ from deploy.server import Server, triton
 from deploy.stubs import Stub, regions, stubs_of
 from deploy.supervisor import Restarts, Supervisor
 from retrieval_client import Encoder, Settings
+from retrieval_client.channel import channel_to
+from retrieval_client.wire import request_from_rows
+from retrieval_contract import models
 from retrieval_contract.errors import DeadlineExceeded, DeployError, RetrievalError
+from retrieval_contract.pulse import Pulse, still_s
 from tests.conftest import ROOT, photo
 from tests.serving import FREE_PORTS, Serving, serve
 
@@ -97,10 +102,7 @@ def test_a_server_that_answers_nothing_is_started_again(
     with supervised(release_folder, tmp_path / "log", hung_s=1.0) as (server, _, said):
         hanging = server.process
         os.kill(hanging.pid, signal.SIGSTOP)
-        end = time.monotonic() + 60
-        while not any("is started again, with the right vectors" in line for line in said):
-            assert time.monotonic() < end, said
-            time.sleep(0.1)
+        until_said("is started again, with the right vectors", said, within_s=60)
         assert hanging.poll() == -signal.SIGKILL
         with Encoder(Settings(triton=server.grpc_address)) as encoder:
             assert encoder.encode_queries(["red shoes"]).errors == [None]
@@ -173,6 +175,37 @@ def test_full_shared_memory_is_said_and_survived(release_folder: Path, tmp_path:
     assert re.search(r"supervisor: /dev/shm is full \(\d MiB of 16 MiB are left\)", done.stderr)
 
 
+def test_one_of_two_copies_that_is_stopped_is_killed(serving: Serving) -> None:
+    """Whoever asks is answered by the other one, the supervisor as well."""
+    model = "product_preprocessor"
+    copies = [stub for stub in stubs_of(server_group(serving)) if stub.model == model]
+    assert len(copies) == 2
+    os.kill(copies[0].pid, signal.SIGSTOP)
+    serving.said(rf"({model} hangs: killed)", within_s=30)
+    serving.said(rf"({model}: a process of it had died; loaded)", within_s=20)
+    assert serving.log.read_text().count("hangs: killed") == 1, "the other one got on"
+    with Encoder(Settings(triton=serving.address)) as encoder:
+        assert encoder.encode_products(["red shoes"], [b""]).errors == [None]
+    now = [stub for stub in stubs_of(server_group(serving)) if stub.model == model]
+    assert len(now) == 2
+    assert copies[0] not in now
+
+
+def test_a_process_says_when_it_last_got_on() -> None:
+    ours, pulse = os.getpid(), Pulse()
+    assert still_s(ours) == 0, "nobody can tell"
+    pulse.start()
+    time.sleep(1.0)
+    assert still_s(ours) < 0.8, "who has nothing to do gets on"
+    pulse.moved()
+    time.sleep(1.0)
+    assert still_s(ours) > 0.9
+    pulse.rest()
+    time.sleep(0.5)
+    assert still_s(ours) < 0.8
+    pulse.close()
+
+
 def test_models_that_hang_are_killed_and_loaded_again(serving: Serving) -> None:
     """The tower of the products hides behind a preprocessor that lets everybody in."""
     hanging = [stub_of(serving, model) for model in ("query_encoder", "product_tower")]
@@ -201,6 +234,14 @@ def test_a_run_that_goes_on_is_a_sign_of_life_and_one_that_is_over_is_none() -> 
     assert not before.more_than(before)
 
 
+def until_said(what: str, said: list[str], within_s: float = 20) -> None:
+    """Wait for a line with these words."""
+    end = time.monotonic() + within_s
+    while not any(what in line for line in said):
+        assert time.monotonic() < end, said
+        time.sleep(0.1)
+
+
 MUTE = """
 from retrieval_contract.serving import OnnxQueryEncoder, pb_utils
 class TritonPythonModel(OnnxQueryEncoder):
@@ -211,12 +252,18 @@ class TritonPythonModel(OnnxQueryEncoder):
     def compute(self, *arrays):
         while [b"loop for ever"] in arrays[0].tolist():
             pass
+        if [b"break"] in arrays[0].tolist():
+            self.graph.runtime = None  # so that each run from now on raises
         return super().compute(*arrays)
 """
 SLOW = """
 import threading
 from retrieval_contract.serving import pb_utils
 class Slow(TritonPythonModel):
+    def compute(self, *arrays):
+        while [b"loop for ever"] in arrays[0].tolist():
+            pass
+        return super().compute(*arrays)
     def execute(self, requests):
         def said(request):
             return pb_utils.get_input_tensor_by_name(request, "title").as_numpy().tolist()
@@ -238,8 +285,8 @@ def odd(
     place = tmp_path_factory.mktemp("odd")
     release = place / release_folder.resolve().name
     shutil.copytree(release_folder.resolve(), release, copy_function=os.symlink)
-    models = {"query_encoder": lambda code: MUTE, "product_preprocessor": lambda code: code + SLOW}
-    for model, changed in models.items():
+    changes = {"query_encoder": lambda code: MUTE, "product_preprocessor": lambda code: code + SLOW}
+    for model, changed in changes.items():
         (path,) = release.glob(f"model_repository/{model}/*/model.py")
         code = path.read_text()
         path.unlink()
@@ -282,12 +329,32 @@ def test_a_model_that_loops_is_killed_and_loaded_again(odd: tuple[Settings, list
     settings, said = odd
     with Encoder(settings) as looping, pytest.raises(RetrievalError):
         looping.encode_queries(["loop for ever"])
-    end = time.monotonic() + 20
-    while not any("query_encoder: a process of it had died; loaded" in line for line in said):
-        assert time.monotonic() < end, said
-        time.sleep(0.1)
+    until_said("query_encoder: a process of it had died; loaded", said)
     assert "query_encoder hangs: killed" in said
     with Encoder(settings) as encoder:
+        assert encoder.encode_queries(["red shoes"]).errors == [None]
+
+
+def test_one_of_two_copies_that_loops_is_killed(odd: tuple[Settings, list[str]]) -> None:
+    settings, said = odd
+    columns = {models.TITLE.name: [b"loop for ever"], models.IMAGE.name: [b""]}
+    request = request_from_rows(models.PRODUCT_ENCODER, columns)
+    with channel_to(settings) as channel, Encoder(settings) as others:
+        looping = GRPCInferenceServiceStub(channel).ModelInfer.future(request, timeout=30)
+        until_said("product_preprocessor: a process of it had died; loaded", said)
+        assert looping.exception()
+        assert others.encode_products(["red shoes"], [b""]).errors == [None]
+    assert said.count("product_preprocessor hangs: killed") == 1
+
+
+def test_a_model_that_fails_every_request_is_killed(odd: tuple[Settings, list[str]]) -> None:
+    """It gets nothing done, however often it begins."""
+    settings, said = odd
+    del said[:]
+    with Encoder(settings) as encoder:
+        with pytest.raises(RetrievalError, match="cannot run"):
+            encoder.encode_queries(["break"])
+        until_said("query_encoder: a process of it had died; loaded", said)
         assert encoder.encode_queries(["red shoes"]).errors == [None]
 
 
