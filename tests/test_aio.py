@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
@@ -92,6 +93,28 @@ def test_deadlines_hold_also_for_who_waits_for_a_thread(filled: Settings) -> Non
                 assert await search("red mug", limit=1), "and the next one is answered"
 
     assert asyncio.run(ask()) < 2
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1])
+def test_no_time_at_all_is_not_the_default(filled: Settings, timeout_s: float) -> None:
+    async def ask() -> None:
+        async with AsyncProductSearch(filled) as search:
+            await search.many(["red mug"], timeout_s=timeout_s)
+
+    with ProductSearch(filled) as search:
+        before = search.encoder.statistics()
+        started = time.monotonic()
+        for call in (search.many, search.timed):
+            with pytest.raises(DeadlineExceeded, match=f"no time left of {timeout_s} s"):
+                call(["red mug"], timeout_s=timeout_s)
+        with pytest.raises(DeadlineExceeded):
+            asyncio.run(ask())
+        assert search.encoder.statistics() == before, "nobody was asked"
+        encoder = search.encoder
+        for encode in (encoder.encode_queries, partial(encoder.encode_products, images=[b""])):
+            with pytest.raises(DeadlineExceeded):
+                encode(["red mug"], timeout_s=timeout_s)
+        assert time.monotonic() - started < 1
 
 
 def test_who_is_cancelled_leaves_no_trace(filled: Settings) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from pymilvus import DataType, Function, FunctionType
@@ -62,14 +60,6 @@ def farthest() -> list[int]:
     return found
 
 
-def refused(call: Callable[[], Any]) -> bool:
-    try:
-        call()
-    except MilvusException:
-        return True
-    return False
-
-
 def has_words(milvus: Milvus, plain: str) -> bool:
     """A collection whose titles are found by their words."""
     client, name = milvus.client, f"{plain}_words"
@@ -109,38 +99,9 @@ def finds_the_few_that_a_condition_leaves(milvus: Milvus, plain: str) -> bool:
     return sorted(hit["id"] for hit in hits) == sorted(farthest()[-10:])
 
 
-def knows_users(milvus: Milvus, plain: str) -> bool:
-    try:
-        return "root" in milvus.client.list_users()
-    except (MilvusException, grpc.RpcError):
-        return False
-
-
-def refuses_no_number(milvus: Milvus, plain: str) -> bool:
-    row = {"id": ROWS, "far": 0, "vector": np.full(DIM, np.nan, np.float32)}
-    try:
-        return refused(lambda: milvus.client.upsert(plain, [row]))
-    finally:
-        milvus.client.delete(plain, filter=f"id == {ROWS}")
-
-
-def refuses_what_is_too_deep(milvus: Milvus, plain: str) -> bool:
-    """`collection.Ask` does, for those that answer something else."""
-    asked = ({"limit": 16385}, {"limit": 385, "offset": 16000})
-    said = {
-        refused(lambda each=each: milvus.client.search(plain, list(vectors()[:1]), **each))
-        for each in asked
-    }
-    (same,) = said
-    return same
-
-
 PROBES: dict[Feature, Callable[[Milvus, str], bool]] = {
     Feature.BM25: has_words,
     Feature.HNSW: finds_the_few_that_a_condition_leaves,
-    Feature.USERS: knows_users,
-    Feature.NAN_REFUSED: refuses_no_number,
-    Feature.DEPTH_REFUSED: refuses_what_is_too_deep,
 }
 
 
@@ -164,6 +125,6 @@ def test_what_a_milvus_is_follows_from_what_it_says() -> None:
     with pytest.raises(Unsupported, match=r"got v2\.3\.5-lite; Milvus Lite, a server since 2\.5"):
         Backend.of("v2.3.5-lite").need(Feature.BM25)
     with pytest.raises(Unsupported, match=r"got milvus_lite-3\.2\.2; every server has it"):
-        Backend.of("milvus_lite-3.2.2").need(Feature.USERS)
+        Backend.of("milvus_lite-3.2.2").need(Feature.HNSW)
     with pytest.raises(CatalogError, match="give another address"):
         Backend.of("unknown")

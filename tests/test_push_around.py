@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -258,3 +259,22 @@ def test_refused_rows_are_listed_in_their_file(tmp_path: Path) -> None:
         print(Reject("é\ud800", "nul", "x").to_json(), file=file)
     (line,) = (tmp_path / "some.jsonl").read_text().splitlines()
     assert json.loads(line) == {"id": "é\ud800", "code": "nul", "detail": "x"}
+
+
+def test_rejects_may_go_to_a_device_a_pipe_or_a_link(tmp_path: Path) -> None:
+    """Which are not the push's to remove."""
+    from retrieval_client.commands.shared import rejects_file
+
+    pipe, link, there = (tmp_path / name for name in ("pipe", "link", "there"))
+    os.mkfifo(pipe)
+    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    link.symlink_to(there)
+    for path in (pipe, link):
+        with rejects_file(path):
+            pass
+        with rejects_file(path) as file:
+            print("{}", file=file)
+    assert os.read(read, 9) == there.read_bytes() == b"{}\n"
+    os.close(read)
+    assert pipe.is_fifo()
+    assert link.is_symlink()

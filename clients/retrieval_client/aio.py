@@ -93,7 +93,7 @@ class AsyncProductSearch:
         )
 
     def _deadline(self, timeout_s: float | None) -> Deadline:
-        return Deadline(timeout_s or self.search.settings.timeout_s)
+        return Deadline.of(timeout_s, self.search.settings.timeout_s)
 
     async def _in_thread(self, deadline: Deadline, call: Callable[[], Result]) -> Result:
         """The result; the current span goes along."""

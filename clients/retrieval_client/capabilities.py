@@ -17,17 +17,11 @@ class Feature(StrEnum):
 
     BM25 = "words of titles (BM25)"
     HNSW = "an index over graphs (HNSW) that gains something"
-    USERS = "users and tokens"
-    NAN_REFUSED = "a vector that is no number is refused"
-    DEPTH_REFUSED = "hits past the deepest place are refused"
 
 
 SINCE: dict[Feature, tuple[int, int] | None] = {
     Feature.BM25: (2, 5),
     Feature.HNSW: (0, 0),
-    Feature.USERS: (0, 0),
-    Feature.NAN_REFUSED: (0, 0),
-    Feature.DEPTH_REFUSED: (0, 0),
 }
 """The first version of the server that has it."""
 

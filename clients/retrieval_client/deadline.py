@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from retrieval_contract.errors import DeadlineExceeded
+
 SMALLEST_S = 1e-3
 """A spent deadline is passed on as this: the next call then fails by itself, at once."""
 
@@ -15,6 +17,18 @@ class Deadline:
         self.seconds = seconds
         self.ends = time.monotonic() + seconds
         """On the clock of `time.monotonic`."""
+
+    @classmethod
+    def of(cls, seconds: float | None, default_s: float) -> Deadline:
+        """What a caller gave, be it 0; the default where that is nothing."""
+        return cls(default_s if seconds is None else seconds)
+
+    def check(self, what: str) -> None:
+        """DeadlineExceeded where nothing is left for `what`."""
+        if self.passed:
+            raise DeadlineExceeded(
+                f"{what}: no time left of {self.seconds:g} s; raise the deadline"
+            )
 
     @property
     def left_s(self) -> float:

@@ -207,7 +207,7 @@ class Encoder:
         remembers answers a lone text travels alone, so that it can be one of them; `fresh` goes
         past that memory.
         """
-        texts, deadline = [query_bytes(q) for q in queries], Deadline(timeout_s or self.timeout_s)
+        texts, deadline = [query_bytes(q) for q in queries], Deadline.of(timeout_s, self.timeout_s)
         if fresh:
             cached = self.served(deadline).cached
             return self._encode_queries(texts, deadline, UNCACHED if cached else None)
@@ -233,7 +233,7 @@ class Encoder:
                 f"{len(images)} images"
             )
         rows = {models.TITLE.name: [text_bytes(t) for t in titles], models.IMAGE.name: list(images)}
-        deadline = Deadline(timeout_s or self.timeout_s)
+        deadline = Deadline.of(timeout_s, self.timeout_s)
         return self._encode(models.PRODUCT_ENCODER, models.PRODUCT_VECTOR.name, rows, deadline)
 
     def _encode(

@@ -27,7 +27,6 @@ from retrieval_client.shadow import Shadow
 from retrieval_client.tracing import Span, spans_of_application
 from retrieval_contract.errors import (
     CollectionGone,
-    DeadlineExceeded,
     ItemError,
     ReleaseMismatch,
     ServerBusy,
@@ -88,7 +87,7 @@ class ProductSearch:
         **options: Unpack[OptionFields],
     ) -> list[Hits | ItemError]:
         """One result list a query, encoded and searched together; a bad query gets its error."""
-        return self.within(Deadline(timeout_s or self.settings.timeout_s), queries, **options)
+        return self.within(Deadline.of(timeout_s, self.settings.timeout_s), queries, **options)
 
     def within(
         self,
@@ -117,7 +116,7 @@ class ProductSearch:
         **options: Unpack[OptionFields],
     ) -> tuple[list[Hits | ItemError], Timed]:
         """As `many`, and where its time went; see `ledger.ledgers`."""
-        laps, deadline = Laps(), Deadline(timeout_s or self.settings.timeout_s)
+        laps, deadline = Laps(), Deadline.of(timeout_s, self.settings.timeout_s)
         found, encoded = self._many(queries, Options(**options), deadline, laps)
         return found, Timed(laps.seconds, encoded.requests)
 
@@ -125,6 +124,7 @@ class ProductSearch:
         self, queries: Sequence[str | Query], options: Options, deadline: Deadline, span: Span
     ) -> tuple[list[Hits | ItemError], Encoded]:
         asked = [Query.of(query) for query in queries]
+        deadline.check("search")
         with span("search"):
             collection = self.catalog.serving(deadline)
             try:
@@ -168,8 +168,7 @@ class ProductSearch:
         options: Options,
         deadline: Deadline,
     ) -> list[Hits | ItemError]:
-        if deadline.passed:
-            raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
+        deadline.check("search")
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         found: list[Hits | ItemError] = [error or Hits([], End.ALL) for error in encoded.errors]
         if good:

@@ -19,11 +19,13 @@ console = Console(stderr=True)
 def rejects_file(path: Path | None) -> Iterator[IO[str]]:
     """Opened before the first row, so that nothing refused can be lost; gone if nothing was.
 
-    Without a path they are not kept, as of a dry run, which must leave the last push's.
+    Without a path they are not kept, as of a dry run, which must leave the last push's. A device, a
+    pipe, and what a link leads to are somebody else's, and stay.
     """
     with (path or Path(os.devnull)).open("w", encoding="ascii") as file:
         try:
             yield file
         finally:
-            if path and not file.tell():
+            file.flush()
+            if path and path.is_file() and not path.is_symlink() and not path.stat().st_size:
                 path.unlink()
