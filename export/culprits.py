@@ -141,11 +141,16 @@ def find_culprits(
         return tried[key]
 
     if off(0) > bound:
-        raise ExportError(f"FP32 itself is off by {off(0):.1e}, more than the bound {bound:.1e}")
+        raise ExportError(
+            f"FP32 itself is off by {off(0):.1e}, expected at most {bound:.1e}; raise --bound"
+        )
     largest = _largest_values(model, feed)
     while off(len(order)) > bound:
         if len(found) == MOST:
-            raise ExportError(f"more than {MOST} culprits: the bound {bound:.1e} asks for FP32")
+            raise ExportError(
+                f"expected at most {MOST} culprits, got more: {bound:.1e} asks for FP32; raise "
+                "--bound"
+            )
         good, bad = 0, len(order)  # everything up to `good` is harmless, up to `bad` is not
         while bad - good > 1:
             middle = (good + bad) // 2

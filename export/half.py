@@ -6,7 +6,7 @@ nodes: every ReLU6 is a Clip, and so is the guard of a division.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
@@ -36,6 +36,11 @@ def islands_of(graph: gs.Graph) -> list[str]:
             names |= _until_divided(node)
     names |= _tail(graph)
     return [node.name for node in graph.toposort().nodes if node.name in names]
+
+
+def islands_with(more: Sequence[str], model: onnx.ModelProto) -> list[str]:
+    """Those of the rule, and `more`; each once."""
+    return list(dict.fromkeys([*islands_of(typed(model)), *more]))
 
 
 def _tail(graph: gs.Graph) -> set[str]:
@@ -74,7 +79,10 @@ def to_half(graph: gs.Graph, islands: Collection[str]) -> gs.Graph:
     unknown island, and for a constant that half precision cannot hold.
     """
     if unknown := set(islands) - {node.name for node in graph.nodes}:
-        raise ExportError(f"islands {sorted(unknown)}: the graph has no nodes of these names")
+        raise ExportError(
+            f"islands {sorted(unknown)}: expected names of the graph's nodes, it has none of "
+            "these; find its own with `python -m export culprits`"
+        )
     casts: dict[tuple[int, np.dtype], gs.Tensor] = {}
     ends = {id(tensor) for tensor in graph.outputs}
     for node in list(graph.toposort().nodes):
@@ -103,13 +111,18 @@ def _as(tensor: gs.Tensor, wanted: np.dtype, graph: gs.Graph, reader: str) -> gs
         other = gs.Variable(name, wanted, tensor.shape)
         _cast(graph, tensor, other)
         return other
-    worst = float(np.abs(tensor.values).max(initial=0.0))
+    return _constant(tensor, name, wanted, reader)
+
+
+def _constant(given: gs.Constant, name: str, wanted: np.dtype, reader: str) -> gs.Constant:
+    """A copy in another precision; ExportError where half precision cannot hold it."""
+    worst = float(np.abs(given.values).max(initial=0.0))
     if wanted is HALF and not worst <= LARGEST:  # NaN, too
         raise ExportError(
-            f"{reader}: constant {tensor.name} holds {worst:.3g}, half precision ends at "
+            f"{reader}: constant {given.name} holds {worst:.3g}, half precision ends at "
             f"{LARGEST:.0f}; make the node an island, or the constant smaller"
         )
-    return gs.Constant(name, tensor.values.astype(wanted))
+    return gs.Constant(name, given.values.astype(wanted))
 
 
 def _cast(graph: gs.Graph, given: gs.Tensor, other: gs.Variable) -> None:
@@ -123,7 +136,7 @@ def _use_half_attributes(node: gs.Node) -> None:
         node.attrs["to"] = onnx.TensorProto.FLOAT16
     for name, value in node.attrs.items():
         if isinstance(value, gs.Tensor) and value.dtype == FULL:
-            node.attrs[name] = gs.Constant(value.name, value.values.astype(HALF))
+            node.attrs[name] = _constant(value, value.name, HALF, node.name)
 
 
 def typed(model: onnx.ModelProto) -> gs.Graph:

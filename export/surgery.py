@@ -24,6 +24,7 @@ Told = Callable[[str, int, int], None]
 
 LOWEST_HALF = -65504.0
 PRODUCER = "make-retrieval"
+REMEDY = "export the tower again with `python -m export`"
 BROADCASTING = {"Add", "Div", "Mul", "Sub"}
 
 
@@ -36,8 +37,9 @@ def use_int32_inputs(graph: gs.Graph) -> gs.Graph:
 
 
 def use_finite_masks(graph: gs.Graph) -> gs.Graph:
-    """Constants below half precision's range (−3.4e38 masks) become −1e4."""
-    for tensor in graph.tensors().values():
+    """Constants below half precision's range (−3.4e38 masks) become −1e4, in attributes, too."""
+    inside = [value for node in graph.nodes for value in node.attrs.values()]
+    for tensor in (*graph.tensors().values(), *inside):
         if isinstance(tensor, gs.Constant) and tensor.values.dtype == np.float32:
             low = tensor.values < LOWEST_HALF
             if low.any():
@@ -156,7 +158,8 @@ def name_by_contract(graph: gs.Graph, model: Model, release: Release) -> gs.Grap
     for declared in (*model.inputs, *model.outputs):
         if declared.name not in ends:
             raise ExportError(
-                f"{model.name}: expected a tensor '{declared.name}', the graph has {sorted(ends)}"
+                f"{model.name}: expected a tensor '{declared.name}', the graph has {sorted(ends)}; "
+                "take the tower's own graph, as `python -m export` traces it"
             )
         axes = zip(declared.axes, release.dims(declared), strict=True)
         ends[declared.name].shape = ["batch"] + [
@@ -229,11 +232,15 @@ def check_contract(graph: onnx.ModelProto, model: Model, release: Release) -> No
         if (name, dtype) != (got_name, got_dtype) or not same:
             raise ExportError(
                 f"{model.name}: expected {name} {dtype} {dims}, got {got_name} "
-                f"{got_dtype} {got_dims}"
+                f"{got_dtype} {got_dims}; {REMEDY}"
             )
     if len(wanted) != len(found):
         raise ExportError(
-            f"{model.name}: expected {[w[0] for w in wanted]}, got {[f[0] for f in found]}"
+            f"{model.name}: expected {[w[0] for w in wanted]}, got {[f[0] for f in found]}; "
+            f"{REMEDY}"
         )
     if foreign := {n.domain for n in graph.graph.node if n.domain not in ("", "ai.onnx")}:
-        raise ExportError(f"{model.name}: only standard ONNX operators may stay, got {foreign}")
+        raise ExportError(
+            f"{model.name}: only standard ONNX operators may stay, got {foreign}; take the graph "
+            "after surgery, not one that a runtime optimised"
+        )

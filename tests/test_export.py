@@ -62,6 +62,14 @@ def test_masks_become_finite() -> None:
     assert mask.values.tolist() == [-1e4, 0.5]
 
 
+def test_masks_in_an_attribute_become_finite() -> None:
+    sizes, y = gs.Variable("sizes", np.int64, [1]), gs.Variable("y", np.float32, ["b"])
+    value = gs.Constant("value", np.array([-3.4e38], np.float32))
+    node = gs.Node("ConstantOfShape", attrs={"value": value}, inputs=[sizes], outputs=[y])
+    surgery.use_finite_masks(graph_of(node, inputs=[sizes], outputs=[y]))
+    assert node.attrs["value"].values.tolist() == [-1e4]
+
+
 @pytest.mark.parametrize(("instead", "left"), [(0.0, ["Relu"]), (1.0, ["IsNaN", "Where", "Relu"])])
 def test_nan_guards_go_and_other_choices_stay(instead: float, left: list[str]) -> None:
     x, y = gs.Variable("x", np.float32, [2]), gs.Variable("y", np.float32, [2])
