@@ -9,6 +9,8 @@ CATALOG ?=
 CHECKPOINT ?= towers/weights/make
 # On a processor: fp32, or bf16 where it has that.
 PRECISION ?= fp32
+# More nodes to leave in FP32 on a GPU: a file of `python -m export culprits`.
+ISLANDS ?=
 DATA ?=
 USERS ?= 8
 SECONDS ?= 15
@@ -19,6 +21,7 @@ VENV := .venv
 SERVER_VENV := .venv-server
 MILVUS_FOLDER := .venv-milvus
 PY := $(VENV)/bin/python
+EXPORTED := --checkpoint $(CHECKPOINT) $(if $(ISLANDS),--islands "$(ISLANDS)")
 PIP := -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
@@ -66,7 +69,7 @@ serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) 
 	$(PY) -m deploy.local
 
 release: setup  ## checkpoint -> ONNX -> model repository under build/releases
-	$(PY) -m export repository --checkpoint $(CHECKPOINT) --precision $(PRECISION)
+	$(PY) -m export repository $(EXPORTED) --precision $(PRECISION)
 
 engine-check: release  ## both towers compiled for four GPU architectures, without a GPU
 	$(PY) -m deploy.engines check
@@ -74,7 +77,7 @@ engine-check: release  ## both towers compiled for four GPU architectures, witho
 parity: release  ## torch -> ONNX -> FP16 -> served, down to recall; DATA=folder with judged queries
 	$(if $(DATA),,$(PY) -m deploy.rendered.catalog --out build/rendered_catalog)
 	$(PY) -m deploy.local --grpc-port 0 --http-port 0 --metrics-port 0 --run $(PY) -m export parity \
-	    --checkpoint $(CHECKPOINT) --data $(if $(DATA),"$(DATA)",build/rendered_catalog)
+	    $(EXPORTED) --data $(if $(DATA),"$(DATA)",build/rendered_catalog)
 
 repository: setup  ## remake the committed configs in model_repository
 	$(PY) -m export configs

@@ -34,7 +34,7 @@ from rich.console import Console
 from deploy.engines.profiles import profiles_of
 from deploy.locking import locked
 from export.config_from_contract import configs_of, text_of
-from export.half import half_of, half_share, islands_of, typed
+from export.half import half_of, half_share, islands_with, typed
 from export.onnx_from_towers import onnx_from_towers
 from export.parity import (
     BF16,
@@ -54,7 +54,7 @@ from export.surgery import operate
 from retrieval_contract import models
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from retrieval_contract.probes import QUERIES, TITLES, Probes, probe_pictures
-from retrieval_contract.release import Precision, Release
+from retrieval_contract.release import Precision, Release, contract_fingerprint, sha256_of_json
 from retrieval_contract.tensors import Dtype, Engine, Ensemble, Model
 from towers.two_towers import TwoTowers
 
@@ -65,6 +65,9 @@ SOURCES = ROOT / "model_repository"
 MANIFEST_FILE = "manifest.json"
 REPOSITORY = "model_repository"
 LATEST = "latest"
+ROOMS = ("export", "towers", "retrieval_contract", "model_repository")
+BESIDE = ("deploy/engines/profiles.py", "deploy/profiles/default.toml", "deploy/tuning.py")
+"""What writes the configs, and is of another room."""
 TOOLS = (
     "torch",
     "onnx",
@@ -105,7 +108,7 @@ def write_onnx(
                 f"min cosine {proof['min_cosine']:.7f} over {proof['cases']} cases"
             )
         found.append(facts)
-    release_of(towers, precision).save(folder)
+    release_of(towers, precision, islands).save(folder)
     return found
 
 
@@ -123,7 +126,7 @@ def write_tower(
         passes.append({"pass": name, "before": before, "after": after})
 
     graph = operate(onnx_from_towers(towers, model), model, towers.release(), tell)
-    islands = list(dict.fromkeys([*islands_of(typed(graph)), *more_islands]))
+    islands = islands_with(more_islands, graph)
     half = half_of(graph, islands)
     tried = list(cases(model, towers))
     wanted = [torch_vectors(towers, model, inputs) for inputs in tried]
@@ -147,9 +150,17 @@ def write_tower(
     }
 
 
-def release_of(towers: TwoTowers, precision: str) -> Release:
-    """Who the towers are in that precision."""
-    return replace(towers.release(), precision=precision)
+def release_of(towers: TwoTowers, precision: str, islands: Islands = NO_ISLANDS) -> Release:
+    """Who the towers are in that precision; with further islands they are another release."""
+    release = replace(towers.release(), precision=precision)
+    if more := some(islands):
+        release = replace(release, hashes=release.hashes | {"islands": sha256_of_json(more)})
+    return release
+
+
+def some(islands: Islands) -> dict[str, list[str]]:
+    """Towers that have any, each node once and in order: what the same islands always read as."""
+    return {tower: sorted(set(names)) for tower, names in islands.items() if names}
 
 
 def graph_file(model: Model, name: str) -> str:
@@ -163,33 +174,40 @@ def publish(
     console: Console,
     islands: Islands = NO_ISLANDS,
     precision: str = Precision.FP32,
+    command: Sequence[str] | None = None,
 ) -> Path:
     """Build `<releases>/<release_id>` unless this very code built it already; return it.
 
-    Who comes while another builds in the same folder waits, and finds it built.
+    `command`: the line that asks for it, where one does, for the manifest. Who comes while another
+    builds in the same folder waits, and finds it built.
     """
-    release = release_of(towers, precision)
+    release = release_of(towers, precision, islands)
     home = releases / release.release_id
     releases.mkdir(parents=True, exist_ok=True)
     with locked(releases / ".lock"):
-        if _is_built(home, islands):
+        if _is_built(home):
             console.print(f"release {release.release_id} is already built: {home}")
         else:
-            _build(towers, release, home, console, islands)
+            _build(towers, release, home, console, islands, command)
             console.print(f"release {release.release_id} built: {home}")
         _point_latest(home)
     return home
 
 
 def _build(
-    towers: TwoTowers, release: Release, home: Path, console: Console, islands: Islands
+    towers: TwoTowers,
+    release: Release,
+    home: Path,
+    console: Console,
+    islands: Islands,
+    command: Sequence[str] | None,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as name:
         folder = Path(name) / release.release_id
         graphs = write_onnx(towers, folder, console, islands, release.precision)
         probes_of(towers, release, folder).save(folder)
         assemble(towers, release, folder)
-        write_manifest(folder, release, graphs, islands)
+        write_manifest(folder, release, graphs, islands, command)
         make_read_only(folder)
         if home.exists():  # made by other code: replace it whole
             home.rename(Path(name) / "old")
@@ -268,15 +286,20 @@ def _write_warmup(model: Model | Ensemble, folder: Path) -> None:
 
 
 def write_manifest(
-    folder: Path, release: Release, graphs: list[dict[str, Any]], islands: Islands
+    folder: Path,
+    release: Release,
+    graphs: list[dict[str, Any]],
+    islands: Islands,
+    command: Sequence[str] | None,
 ) -> None:
     """Everything needed to remake and to trust the folder."""
     manifest = {
         "release_id": release.release_id,
-        "command": ["python", "-m", "export", *sys.argv[1:]],
+        "command": command and list(command),
         "code": code_fingerprint(),
+        "contract": contract_fingerprint(),
         "seed": SEED,
-        "more_islands": {tower: list(names) for tower, names in islands.items()},
+        "more_islands": some(islands),
         "graphs": graphs,
         "profiles": {
             model.name: [asdict(profile) for profile in profiles_of(model, release)]
@@ -297,13 +320,16 @@ def hashes_of_files(folder: Path) -> dict[str, str]:
     }
 
 
-def code_fingerprint() -> str:
-    """SHA-256 over the sources that decide what a release folder holds."""
-    digest = hashlib.sha256()
-    for room in ("export", "towers", "retrieval_contract", "model_repository"):
-        for path in sorted((ROOT / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+def code_fingerprint(root: Path = ROOT) -> str:
+    """SHA-256 over the sources that decide what a release folder holds, by their paths."""
+    sources = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    sources += [root / name for name in BESIDE]
+    return sha256_of_json(
+        {
+            path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sources
+        }
+    )
 
 
 def make_read_only(folder: Path) -> None:
@@ -313,15 +339,14 @@ def make_read_only(folder: Path) -> None:
             path.chmod(0o444)
 
 
-def _is_built(home: Path, islands: Islands) -> bool:
-    """Whether this very code built it with these islands, and every file is what was written."""
+def _is_built(home: Path) -> bool:
+    """Whether this very code built it, and every file is what was written."""
     try:
         manifest = json.loads((home / MANIFEST_FILE).read_text("utf-8"))
-        said = manifest["code"], manifest["files"], manifest["more_islands"]
+        said = manifest["code"], manifest["files"]
     except (OSError, ValueError, KeyError):
         return False
-    wanted = {tower: list(names) for tower, names in islands.items()}
-    return said == (code_fingerprint(), hashes_of_files(home), wanted)
+    return said == (code_fingerprint(), hashes_of_files(home))
 
 
 def _point_latest(home: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from export.config_from_contract import BACKENDS
-from export.half import half_of
+from export.half import half_of, islands_with
 from export.ladder import Found, Rung, Sample, Search, by_inputs, climb, encoded, samples_of
 from export.onnx_from_towers import onnx_from_towers
 from export.parity import (
@@ -30,7 +30,7 @@ from export.parity import (
     reference,
     torch_vectors,
 )
-from export.publish import release_of
+from export.publish import NO_ISLANDS, Islands, release_of
 from export.report import table_of, write_page
 from export.surgery import operate
 from retrieval_client import Encoder, Settings
@@ -43,6 +43,7 @@ from retrieval_contract.tensors import Array, Model
 from towers.evaluate import side_of
 from towers.learning.catalog import ProductData, read_data
 from towers.learning.split import fraction_of, sides_of
+from towers.learning.trained import new_rows
 from towers.two_towers import TwoTowers
 
 REFERENCE_ROWS = 6
@@ -51,12 +52,13 @@ MOST_QUERIES = 400
 
 @dataclass(frozen=True)
 class Asked:
-    """What the ladder is climbed with."""
+    """What the ladder is climbed with; `islands`: by tower, beside those of the rule."""
 
     checkpoint: str
     data: Path
     products: int
     served: str | None
+    islands: Islands = field(default_factory=dict)
 
 
 def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> dict[str, object]:
@@ -77,7 +79,7 @@ def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> d
                 lambda rows, task=task: bar.advance(task, rows),
             )
             with_torch[model.name] = replace(sample, vectors=vectors)
-        for rung in rungs_of(towers, asked.served):
+        for rung in rungs_of(towers, asked.served, asked.islands):
             total = rung.rows or len(samples[rung.tower.name])
             task = bar.add_task(f"{rung.tower.name}: {rung.name}", total=total)
             ladder.append(
@@ -86,37 +88,49 @@ def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> d
     console.print(table_of(ladder))
     if why := why_no_bf16():
         console.print(f"left out: OpenVINO bf16 ({why})", markup=False)
-    about = f"{asked.data.name}: {len(products)} products, {len(queries)} queries"
-    write_page(out / "parity.html", ladder, f"{about}; release {towers.release().release_id}")
+    shown = max(Budget.recall, 1 / len(queries))
+    about = (
+        f"{asked.data.name}: {len(products)} products, {len(queries)} queries, which show a change "
+        f"of Recall@10 from {shown:.4f}"
+    )
+    release_id = release_of(towers, Precision.FP32, asked.islands).release_id
+    write_page(out / "parity.html", ladder, f"{about}; release {release_id}")
     console.print(f"{about}; page: {out / 'parity.html'}", markup=False)
     return {
         "rungs": [found.as_json() for found in ladder],
+        "queries": len(queries),
+        "recall@10_shown_from": round(shown, 5),
         "ok": not any(found.faults for found in ladder if not found.rung.opt_in),
     }
 
 
 def sampled(asked: Asked) -> ProductData:
-    """Products by a hash of their ids, of a side that was not trained on; their queries."""
+    """Products by a hash of their ids, of those that were not trained on; their queries."""
     data = read_data(asked.data)
     side = side_of(asked.data, asked.checkpoint)
-    if side != "all":
-        data = data.select(sides_of(data)[side])
+    new = side == "new"
+    data = data.select(new_rows(data, [asked.checkpoint]) if new else sides_of(data)[side])
     order = sorted(range(len(data)), key=lambda row: fraction_of(data.ids[row]))
-    data = data.select(order[: asked.products])
-    if not data.queries:
+    some = data.select(order[: asked.products])
+    if not some.queries:
+        remedy = "give a data folder with queries.csv and qrels.csv"
+        if data.queries:
+            remedy = f"of all {len(data)} some are judged: take more with --products"
         raise SourceError(
-            f"{asked.data}: expected queries with judgements of its products, found none; give a "
-            "data folder with queries.csv and qrels.csv"
+            f"{asked.data}: expected queries with judgements of {len(some)} products, found none; "
+            f"{remedy}"
         )
-    return data
+    return some
 
 
-def rungs_of(towers: TwoTowers, served: str | None) -> Iterator[Rung]:
+def rungs_of(
+    towers: TwoTowers, served: str | None, islands: Islands = NO_ISLANDS
+) -> Iterator[Rung]:
     """From the exporter's graph to the server, tower by tower."""
     for model in models.TOWERS:
         raw = onnx_from_towers(towers, model)
         graph = operate(raw, model, towers.release())
-        half = half_of(graph)
+        half = half_of(graph, islands_with(islands.get(model.name, ()), graph))
         for name, budget, encode, rows in (
             ("ONNX FP32, as traced", EXACT, as_traced(towers, raw), None),
             ("ONNX FP32, after surgery", EXACT, onnx_runtime(graph), None),
@@ -127,7 +141,7 @@ def rungs_of(towers: TwoTowers, served: str | None) -> Iterator[Rung]:
         if not why_no_bf16():
             yield Rung("OpenVINO bf16", model, BF16, by_inputs(openvino(graph)), opt_in=True)
         if served:
-            yield over_grpc(towers, model, served)
+            yield over_grpc(towers, model, served, islands)
 
 
 def torch_encode(towers: TwoTowers, model: Model) -> Encode:
@@ -149,15 +163,15 @@ def as_traced(towers: TwoTowers, raw: onnx.ModelProto) -> Encode:
     return encode
 
 
-def over_grpc(towers: TwoTowers, model: Model, address: str) -> Rung:
+def over_grpc(towers: TwoTowers, model: Model, address: str, islands: Islands = NO_ISLANDS) -> Rung:
     """Through a running server, in its precision: texts and pictures in, vectors out."""
     settings = replace(Settings.from_env(), triton=address, timeout_s=60.0)
     encoder = Encoder(settings)
-    precisions = {release_of(towers, of).release_id: of for of in Precision}
+    precisions = {release_of(towers, of, islands).release_id: of for of in Precision}
     if (serves := encoder.served().release_id) not in precisions:
         raise ReleaseMismatch(
             f"{address}: expected release {' or '.join(precisions)} of this checkpoint, it serves "
-            f"{serves}; build and serve this checkpoint"
+            f"{serves}; build and serve this checkpoint, with the same --islands"
         )
     name, budget = judged_by(precisions[serves], backend_of(settings, model))
 

@@ -15,12 +15,12 @@ from rich.console import Console
 from deploy.server import LOOPBACK, check_release, choose_ports, triton
 from export.__main__ import reference_release
 from export.config_from_contract import UNRELEASED, config_from_text, configs_of
-from export.publish import SOURCES, publish, write_onnx
+from export.publish import BESIDE, ROOMS, SOURCES, code_fingerprint, publish, write_onnx
 from retrieval_client import Catalog, Encoder, ProductSearch, Settings
 from retrieval_contract import models
 from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
 from retrieval_contract.models import Target
-from retrieval_contract.release import Release
+from retrieval_contract.release import Release, contract_fingerprint
 from retrieval_contract.tensors import Ensemble
 from tests.conftest import ROOT, photo, product_row
 from tests.test_towers import edit_config
@@ -98,6 +98,8 @@ def test_a_release_is_whole_and_says_how_it_was_made(release_folder: Path) -> No
     assert manifest["release_id"] == Release.load(release_folder).release_id == release_folder.name
     assert {graph["tower"] for graph in manifest["graphs"]} == {t.name for t in models.TOWERS}
     assert manifest["versions"]["torch"].startswith("2.")
+    assert manifest["command"] is None, "it was no command that built it"
+    assert manifest["contract"] == contract_fingerprint()
     repository = release_folder / "model_repository"
     version = Release.load(release_folder).version
     assert {p.name for p in repository.iterdir()} == {p.name for p in PARTS}
@@ -140,6 +142,28 @@ def test_other_code_rebuilds_a_release(own_release: Path, monkeypatch: pytest.Mo
     publish(tiny_make(), own_release.parent, Console(quiet=True))
     manifest = json.loads((own_release / "manifest.json").read_text())
     assert manifest["code"] == "other code"
+
+
+@pytest.mark.parametrize(
+    "name", ["export/half.py", "deploy/profiles/default.toml", "deploy/engines/profiles.py"]
+)
+def test_other_sources_are_other_code(tmp_path: Path, name: str) -> None:
+    """Whatever decides what a release holds, by its bytes and by its place."""
+    for part in (*ROOMS, *BESIDE):
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("weights", "*.pyc")
+            shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
+        else:
+            (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / part, tmp_path / part)
+    ours = code_fingerprint()
+    assert code_fingerprint(tmp_path) == ours
+    (tmp_path / "export" / "half.py").rename(tmp_path / "export" / "moved.py")
+    moved = code_fingerprint(tmp_path)
+    (tmp_path / "export" / "moved.py").rename(tmp_path / "export" / "half.py")
+    with (tmp_path / name).open("a") as source:
+        source.write("\n# changed\n")
+    assert len({ours, moved, code_fingerprint(tmp_path)}) == 3
 
 
 def test_who_comes_while_it_is_built_waits_and_finds_it_built(
