@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,12 +39,11 @@ from export.report import write_page
 from export.rungs import Asked, climb_all, judged_by, rungs_of, torch_encode
 from export.surgery import operate
 from retrieval_contract import models
-from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
+from retrieval_contract.errors import ExportError, ReleaseMismatch
 from retrieval_contract.graph import why_no_bf16
 from retrieval_contract.release import Precision
 from retrieval_contract.tensors import Array
 from tests import clip_family
-from tests.conftest import ROOT
 from tests.tiny import tiny_make
 from tests.traced import traced
 from towers.checkpoint import SHIPPED, load_towers, save_make
@@ -113,10 +110,19 @@ def test_every_rung_of_both_towers_is_within_its_budget(ladder: list[Found]) -> 
 
 
 @pytest.mark.parametrize(
-    ("queries", "low", "fault"), [(24, 0.0, False), (24, 0.001, True), (1000, 0.0, True)]
+    ("queries", "value", "low", "fault"),
+    [
+        (24, 0.0042, 0.0, False),
+        (24, 0.0042, 0.001, True),
+        (24, 0.05, 0.0, True),
+        (1000, 0.0042, 0.0, True),
+        (500, 0.0021, 0.0, True),
+        (500, 0.0020, 0.001, False),
+    ],
 )
-def test_one_query_of_few_is_chance(queries: int, low: float, fault: bool) -> None:
-    change = Interval(0.0042, low, 0.0125)
+def test_one_query_of_few_is_chance(queries: int, value: float, low: float, fault: bool) -> None:
+    """Few: one is worth more than the budget."""
+    change = Interval(value, low, 0.0125)
     rung = Rung("some", QUERY, HALF, lambda sample: sample.vectors)
     found = Found(rung, 8, 0.0, (1.0, 1.0, 1.0), 0.0, queries=queries, recall=change)
     assert bool(found.faults) == fault
@@ -193,11 +199,48 @@ def test_a_row_that_depends_on_its_company_is_found(samples: dict[str, Sample]) 
     assert any("alone and in company" in fault for fault in climb(rung, samples, None).faults)
 
 
-def test_vectors_that_are_not_finite_stop_the_ladder(samples: dict[str, Sample]) -> None:
-    dim = TOWERS.spec.vector_dim
-    rung = Rung("nan", QUERY, HALF, lambda sample: np.full((len(sample), dim), np.nan, np.float32))
-    with pytest.raises(ExportError, match="expected finite vectors"):
+def test_vectors_that_are_not_finite_are_a_fault_of_their_rung(
+    samples: dict[str, Sample], search: Search, tmp_path: Path
+) -> None:
+    right = torch_encode(TOWERS, QUERY)
+
+    def encode(inputs: Mapping[str, Array]) -> Array:
+        vectors = right(inputs)
+        vectors[0, 0] = np.inf
+        return vectors
+
+    found = climb(Rung("inf", QUERY, HALF, by_inputs(encode)), samples, search)
+    (fault,) = found.faults
+    assert re.search(r"1 of 12 vectors are not finite; .*`python -m export culprits`", fault)
+    said = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert [said[key] for key in ("cosine_p0", "max_abs", "interval")] == [None] * 3
+    write_page(tmp_path / "parity.html", [found], "about")
+    assert "<tr class=bad>" in (tmp_path / "parity.html").read_text()
+
+
+def test_vectors_of_another_shape_stop_the_ladder(samples: dict[str, Sample]) -> None:
+    rung = Rung("wide", QUERY, HALF, lambda sample: np.ones((len(sample), 3), np.float32))
+    with pytest.raises(ExportError, match=r"expected vectors \(12, 16\), got \(12, 3\)"):
         climb(rung, samples, None)
+
+
+@pytest.mark.parametrize("opt_in", [True, False])
+def test_a_report_is_written_whatever_a_rung_gives(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt_in: bool
+) -> None:
+    """Only who is served by it without asking for it fails the ladder."""
+    dim = TOWERS.spec.vector_dim
+    rungs = [
+        Rung("nan", QUERY, BF16, lambda sample: np.full((len(sample), dim), np.nan), opt_in=opt_in),
+        Rung("right", QUERY, EXACT, by_inputs(torch_encode(TOWERS, QUERY)), rows=6),
+    ]
+    monkeypatch.setattr("export.rungs.rungs_of", lambda *given: rungs)
+    report = climb_all(TOWERS, Asked("none", data, 60, None), tmp_path, Console(quiet=True))
+    assert report["ok"] is opt_in
+    assert [bool(rung["faults"]) for rung in report["rungs"]] == [True, False]
+    assert report["rungs"][1]["recall@10_delta"] is report["rungs"][1]["interval"] is None
+    assert report["recall@10_shown_from"] == round(1 / report["queries"], 5) == 0.08333
+    assert "a change of Recall@10 from 0.0833" in (tmp_path / "parity.html").read_text()
 
 
 def test_cosines_and_overlap() -> None:
@@ -265,37 +308,6 @@ def test_a_server_of_other_weights_is_no_rung(triton: Server, data: Path) -> Non
         list(rungs_of(TOWERS, triton.grpc_address))
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_commands_say_what_is_missing(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One in a process of its own, the others where all is loaded."""
-    save_make(TOWERS, tmp_path / "tiny")
-    unjudged = tmp_path / "unjudged"
-    unjudged.mkdir()
-    (unjudged / "products.parquet").write_bytes((data / "products.parquet").read_bytes())
-    for args, message in (
-        (("parity", "--checkpoint", tmp_path / "tiny", "--data", unjudged), "queries.csv"),
-        (("parity", "--checkpoint", tmp_path / "tiny", "--data", tmp_path), "products.parquet"),
-        (("parity", "--checkpoint", tmp_path / "no", "--data", data), "no"),
-        (
-            ("repository", "--checkpoint", tmp_path / "tiny", "--islands", unjudged / "no.json"),
-            "export culprits",
-        ),
-    ):
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
-        with pytest.raises(SystemExit, match=rf"^error: (?s:.*){re.escape(message)}"):
-            main()
-    done = run(*args)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_culprits_are_written_and_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,20 +357,3 @@ def as_found(towers: Make, data: Path, folder: Path) -> Path:
     lines = [f"q{n},{products.ids[row]},1" for n, rows in enumerate(found) for row in rows]
     (folder / "qrels.csv").write_text("\n".join(["query_id,id,rel", *lines]))
     return folder
-
-
-def test_an_island_file_reaches_the_manifest(tiny_release: Path, tmp_path: Path) -> None:
-    plain = Path(shutil.copytree(tiny_release, tmp_path / "releases" / tiny_release.name))
-    islands = json.loads((plain / "manifest.json").read_text())["graphs"][0]["islands"]
-    more = {"query_tower": ["node_gelu"]}
-    again = publish(TOWERS, tmp_path / "releases", Console(quiet=True), more)
-    manifest = json.loads((again / "manifest.json").read_text())
-    assert again == plain
-    assert manifest["more_islands"] == more
-    assert manifest["graphs"][0]["islands"] == [*islands, "node_gelu"]
-
-
-def test_data_without_judged_queries_is_refused(tmp_path: Path, data: Path) -> None:
-    (tmp_path / "products.parquet").write_bytes((data / "products.parquet").read_bytes())
-    with pytest.raises(SourceError, match="expected queries with judgements"):
-        climb_all(TOWERS, Asked("none", tmp_path, 5, None), tmp_path, Console(quiet=True))
