@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,6 +62,7 @@ def test_the_shipped_towers_compile_for_every_architecture(release_folder: Path)
     assert [(c.tower, c.architecture) for c in checked] == [
         (tower, sm) for tower in ("query_tower", "product_tower") for sm in ("SM80", "SM120")
     ]
+    assert not [c.error for c in checked if c.error]
     attention = {c.tower: c.engine.attention_layers for c in checked}
     assert attention == {"query_tower": 3, "product_tower": 6}
     for one in checked:
@@ -98,6 +100,24 @@ def test_the_command_ends_with_one_line_of_json(tiny_release: Path) -> None:
     refused = subprocess.run(missing, cwd=ROOT, capture_output=True, text=True)
     assert "not found" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_an_engine_that_is_not_as_it_must_be_leaves_the_report_of_the_others(
+    tiny_release: Path, release: Release, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(tiny_release, tmp_path / "release"))
+    home = broken / "model_repository" / QUERY.name / str(release.version)
+    (home / models.HALF_FILE).unlink()
+    shutil.copy(home / models.ONNX_FILE, home / models.HALF_FILE)
+    command = [sys.executable, "-m", "deploy.engines", "check", "--release", str(broken)]
+    done = subprocess.run([*command, "--sm", "SM86"], cwd=ROOT, capture_output=True, text=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, report["ok"]) == (1, False), done.stderr
+    query, product = report["engines"]
+    assert "build from the FP16 graph" in query["error"]
+    assert (query["tower"], query["half_share"]) == ("query_tower", None)
+    assert (product["error"], product["half_share"]) == (None, 1.0)
+    assert "Traceback" not in done.stderr
 
 
 def test_two_builds_are_the_same_bytes(engine: Engine, graph: bytes, release: Release) -> None:
@@ -216,6 +236,10 @@ def test_an_engine_is_built_once_and_then_found(tmp_path: Path, engine: Engine) 
     facts = json.loads((plan.parent / "engine.json").read_text())
     assert facts["facts"]["half_share"] == 1.0
     assert facts["origin"]["gpu"] == "SM89"
+    assert [profile["name"] for profile in facts["profiles"]] == ["single", "typical", "bulk"]
+    assert facts["profiles"][2]["inputs"]["query_ids"]["max"] == [128, 32]
+    assert facts["attention_layers"] == facts["facts"]["fused_attention"] == 2
+    assert facts["seconds"] > 0
 
 
 @pytest.mark.parametrize("field", Origin.__dataclass_fields__)

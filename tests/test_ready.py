@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy.engines import __main__ as command
+from deploy.engines.__main__ import find_ready
 from deploy.engines.builder import find_runtime
 from deploy.engines.ready import (
     Gpu,
     Missing,
+    build_beside,
     gpu_at_hand,
     origin_of,
     overlay,
@@ -26,7 +29,7 @@ from deploy.engines.ready import (
 from deploy.server import check_release, triton
 from retrieval_client import Encoder, Settings
 from retrieval_contract import models
-from retrieval_contract.errors import EngineError
+from retrieval_contract.errors import DeployError, EngineError
 from retrieval_contract.models import Target
 from retrieval_contract.release import Release
 from tests.conftest import ROOT
@@ -148,6 +151,77 @@ def test_timings_are_of_one_gpu(tiny_release: Path, cache: Path) -> None:
     assert len(names) == 2
     (written,) = cache.glob("timings-*")
     assert written.name in names
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(
+    tiny_release: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "cache"
+    taken.touch()
+    for missing in Missing:
+        with pytest.raises(DeployError, match=rf"--cache {taken}: expected a folder .*another"):
+            prepare(tiny_release, taken, RUNTIME, GPU, missing)
+
+
+# ── the decision, where nvidia-smi names a GPU ───────────────────────────────────────────
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Path]]:
+    """A GPU is named, though none is here, and TensorRT-RTX stands in for what serves.
+
+    What is built beside is only noted.
+    """
+    beside: list[tuple[Path, Path]] = []
+    monkeypatch.setattr(command, "SERVED", ("tensorrt_rtx",))
+    monkeypatch.setattr(command, "gpu_at_hand", lambda: GPU)
+    monkeypatch.setattr(command, "build_beside", lambda *given: beside.append(given))
+    return beside
+
+
+def test_with_a_gpu_waiting_builds_and_falling_back_builds_beside(
+    tiny_release: Path, tmp_path: Path, visible: list[tuple[Path, Path]]
+) -> None:
+    with pytest.raises(EngineError, match="build them first"):
+        find_ready(tiny_release, tmp_path, Missing.FAIL)
+    assert not visible
+    fallen = find_ready(tiny_release, tmp_path, Missing.CPU)
+    assert (fallen.release, fallen.target) == (tiny_release, Target.CPU)
+    assert visible == [(tiny_release, tmp_path)]
+    built = find_ready(tiny_release, tmp_path, Missing.WAIT)
+    assert built.target is Target.GPU
+    for missing in Missing:  # from now on all is there
+        assert find_ready(tiny_release, tmp_path, missing) == built
+    assert len(visible) == 1
+
+
+def test_without_tensorrt_nothing_is_built_beside(
+    tiny_release: Path,
+    tmp_path: Path,
+    visible: list[tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "SERVED", ("no_such_module",))
+    assert find_ready(tiny_release, tmp_path, Missing.CPU).why.startswith("no TensorRT")
+    assert not visible
+    assert "expected one of the Python modules ['no_such_module']" in capsys.readouterr().err
+
+
+def test_what_builds_beside_waits_for_its_engines(
+    tiny_release: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """A process of its own; without a GPU it says what it came for."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    process = build_beside(tiny_release, tmp_path / "cache")
+    assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+    assert process.wait(120) == 1
+    said = capfd.readouterr().err
+    assert "error: expected a GPU" in said
+    assert Release.load(tiny_release).release_id in said
 
 
 def run(

@@ -29,17 +29,24 @@ LATEST = ROOT / "build" / "releases" / "latest"
 def show(checked: list[Checked], runtime: str) -> None:
     """One row an engine."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"engines by {runtime}")
-    for name in ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB"):
-        table.add_column(name, justify="left" if name == "tower" else "right")
+    columns = ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB", "verdict")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("tower", "verdict") else "right")
     for one in checked:
         said = one.as_json()
+        if one.engine is None:
+            table.add_row(
+                one.tower, str(said["sm"]), *[""] * 5, escape(one.error or ""), style="red"
+            )
+            continue
         fused = f"{said['fused_attention']} of {said['attention_layers']}"
         shown = ("sm", "layers", "half_share", "activation_mb", "mb")
         sm, layers, half, activation, size = (str(said[name]) for name in shown)
-        table.add_row(one.tower, sm, layers, fused, half, activation, size)
+        table.add_row(one.tower, sm, layers, fused, half, activation, size, "ok")
     Console(stderr=True).print(table)
 
 
@@ -53,7 +60,7 @@ def run_check(args: argparse.Namespace) -> dict[str, object]:
         task = bar.add_task("engines", total=len(models.TOWERS) * len(architectures))
         checked = check_engines(args.release, runtime, architectures, lambda one: bar.advance(task))
     show(checked, f"{runtime.name} {runtime.version}")
-    return {"engines": [one.as_json() for one in checked], "ok": True}
+    return {"engines": [one.as_json() for one in checked], "ok": all(c.engine for c in checked)}
 
 
 def run_prepare(args: argparse.Namespace) -> dict[str, object]:
@@ -112,9 +119,12 @@ def main() -> None:
         add_missing_flag(command)
     args = parser.parse_args()
     try:
-        print(json.dumps(args.run(args)))
+        report = args.run(args)
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc
+    print(json.dumps(report))
+    if report.get("ok") is False:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.engines.facts import LAYER, Facts, check_facts, facts_of, facts_of_inspection
-from deploy.engines.profiles import Profile
+from deploy.engines.profiles import PROFILES_REMEDY, Profile
 from retrieval_contract.errors import EngineError
 
 SERVED = ("tensorrt", "tensorrt_bindings")
@@ -35,9 +35,10 @@ def say_nothing(phase: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialized engine, and what it turned out to be."""
+    """A serialized engine, what it was tuned for, and what it turned out to be."""
 
     plan: bytes
+    profiles: tuple[Profile, ...]
     facts: Facts
     attention_layers: int
     seconds: float
@@ -65,6 +66,14 @@ class Runtime:
         capabilities = getattr(self.trt, "ComputeCapability", None)
         names = capabilities.__members__ if capabilities else {}
         return [name for name in names if name.startswith("SM")]
+
+    def check_architecture(self, name: str) -> None:
+        """EngineError for one that it does not compile for."""
+        if name not in self.architectures:
+            raise EngineError(
+                f"{self.name} {self.version}: expected one of {self.architectures}, got {name}; "
+                "give --sm one of these"
+            )
 
 
 def find_runtime(names: Sequence[str] = RUNTIMES) -> Runtime:
@@ -102,11 +111,7 @@ def build(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the facts are read from it
     config.progress_monitor = _monitor(trt, told)
     if architecture:
-        if architecture not in runtime.architectures:
-            raise EngineError(
-                f"{runtime.name} {runtime.version}: expected one of {runtime.architectures}, "
-                f"got {architecture}"
-            )
+        runtime.check_architecture(architecture)
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[architecture], 0)
     for profile in profiles:
@@ -114,18 +119,21 @@ def build(
     timings = _timings(config, timing_cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise EngineError(f"{runtime.name} {runtime.version}: {log.complaints()}")
+        raise EngineError(
+            f"{runtime.name} {runtime.version}: expected an engine, got none: {log.complaints()}; "
+            "see that the GPU has memory to spare, and build the release again: `make release`"
+        )
     if fatal := [line for line in log.lines if any(word in line for word in FATAL)]:
         raise EngineError(
-            f"{fatal[0]}: a profile is larger than the graph allows; build the profiles from "
-            "the release"
+            f"{fatal[0]}: a profile is larger than the graph allows; {PROFILES_REMEDY}"
         )
     if timings is not None and timing_cache:
         _keep(timings, timing_cache)
     attention = attention_layers(trt, network)
     facts = _facts(trt, log, serialized, len(profiles))
     check_facts(facts, attention)
-    return Engine(bytes(serialized), facts, attention, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Engine(bytes(serialized), tuple(profiles), facts, attention, seconds)
 
 
 def attention_layers(trt: Any, network: Any) -> int:
@@ -189,7 +197,9 @@ def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
     for name, shapes in profile.inputs.items():
         made.set_shape(name, shapes.min, shapes.opt, shapes.max)
     if config.add_optimization_profile(made) < 0:
-        raise EngineError(f"profile {profile.name}: refused by the builder: {profile.inputs}")
+        raise EngineError(
+            f"profile {profile.name}: refused by the builder: {profile.inputs}; {PROFILES_REMEDY}"
+        )
 
 
 def _timings(config: Any, path: Path | None) -> Any:

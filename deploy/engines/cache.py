@@ -77,6 +77,9 @@ def _write(home: Path, origin: Origin, engine: Engine) -> None:
         "origin": asdict(origin),
         "sha256": hashlib.sha256(engine.plan).hexdigest(),
         "bytes": len(engine.plan),
+        "seconds": round(engine.seconds, 1),
+        "profiles": [asdict(profile) for profile in engine.profiles],
+        "attention_layers": engine.attention_layers,
         "facts": engine.facts.as_json(),
     }
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as name:

@@ -19,25 +19,28 @@ ARCHITECTURES = ("SM80", "SM86", "SM89", "SM120")
 
 @dataclass(frozen=True)
 class Checked:
-    """One tower for one architecture."""
+    """One tower for one architecture; where it is not as it must be, why, and no engine."""
 
     tower: str
     architecture: str
-    engine: Engine
+    engine: Engine | None
+    error: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """One entry of the report; `mb` are 10⁶ bytes."""
-        facts = self.engine.facts.as_json()
+        engine = self.engine
+        facts = engine.facts.as_json() if engine else {}
         return {
             "tower": self.tower,
             "sm": self.architecture.removeprefix("SM"),
-            "layers": facts["layers"],
-            "fused_attention": facts["fused_attention"],
-            "attention_layers": self.engine.attention_layers,
-            "half_share": facts["half_share"],
-            "activation_mb": round(self.engine.facts.activation_bytes / 1e6, 1),
-            "mb": round(len(self.engine.plan) / 1e6, 1),
-            "seconds": round(self.engine.seconds, 1),
+            "layers": facts.get("layers"),
+            "fused_attention": facts.get("fused_attention"),
+            "attention_layers": engine and engine.attention_layers,
+            "half_share": facts.get("half_share"),
+            "activation_mb": engine and round(engine.facts.activation_bytes / 1e6, 1),
+            "mb": engine and round(len(engine.plan) / 1e6, 1),
+            "seconds": engine and round(engine.seconds, 1),
+            "error": self.error,
         }
 
 
@@ -55,14 +58,22 @@ def check_engines(
     architectures: Sequence[str],
     done: Callable[[Checked], None] = lambda one: None,
 ) -> list[Checked]:
-    """Build every tower for every architecture; EngineError at the first that is not as it must."""
+    """Build every tower for every architecture, whatever becomes of the others.
+
+    EngineError where there is nothing to build: no graph, no such architecture.
+    """
+    for architecture in architectures:
+        runtime.check_architecture(architecture)
     facts, found = Release.load(release), []
     for model in models.TOWERS:
         graph = graph_of(release, model, facts.version)
         profiles = profiles_of(model, facts)
         check_profiles(profiles, model, facts)
         for architecture in architectures:
-            engine = build(runtime, graph, profiles, architecture=architecture)
-            found.append(Checked(model.name, architecture, engine))
+            try:
+                engine = build(runtime, graph, profiles, architecture=architecture)
+                found.append(Checked(model.name, architecture, engine))
+            except EngineError as exc:
+                found.append(Checked(model.name, architecture, None, str(exc)))
             done(found[-1])
     return found

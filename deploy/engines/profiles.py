@@ -14,6 +14,7 @@ from retrieval_contract.release import Release
 from retrieval_contract.tensors import Model, Tensor, UpTo
 
 Shape = tuple[int, ...]
+PROFILES_REMEDY = "take the profiles of the release, `profiles_of`"
 SHORT_TOKENS = 16
 """What a typical text is padded to; the tokenizers pad in steps of 8."""
 
@@ -81,7 +82,7 @@ def check_profiles(profiles: Sequence[Profile], model: Model, release: Release) 
         if profile.inputs.keys() != known.keys():
             raise EngineError(
                 f"{model.name}, profile {profile.name}: expected the inputs {sorted(known)}, "
-                f"got {sorted(profile.inputs)}"
+                f"got {sorted(profile.inputs)}; {PROFILES_REMEDY}"
             )
         for name, shapes in profile.inputs.items():
             _check_range(f"{model.name}, profile {profile.name}, {name}", shapes)
@@ -93,19 +94,19 @@ def check_profiles(profiles: Sequence[Profile], model: Model, release: Release) 
                 if not inside or not 1 <= shape[0] <= model.batch.max:
                     raise EngineError(
                         f"{model.name}, profile {profile.name}, {name}: expected shapes from "
-                        f"{(1, *low)} to {(model.batch.max, *high)}, got {shape}"
+                        f"{(1, *low)} to {(model.batch.max, *high)}, got {shape}; {PROFILES_REMEDY}"
                     )
         rows = {(r.min[0], r.opt[0], r.max[0]) for r in profile.inputs.values()}
         if len(rows) > 1:
             raise EngineError(
                 f"{model.name}, profile {profile.name}: expected one batch size for all inputs, "
-                f"got (min, opt, max) of {sorted(rows)}"
+                f"got (min, opt, max) of {sorted(rows)}; {PROFILES_REMEDY}"
             )
     largest = max((r.max[0] for p in profiles for r in p.inputs.values()), default=0)
     if largest != model.batch.max:
         raise EngineError(
             f"{model.name}: expected a profile that takes {model.batch.max} rows, "
-            f"the largest takes {largest}"
+            f"the largest takes {largest}; {PROFILES_REMEDY}"
         )
 
 
@@ -113,4 +114,6 @@ def _check_range(where: str, shapes: Range) -> None:
     if not len(shapes.min) == len(shapes.opt) == len(shapes.max) or not all(
         a <= b <= c for a, b, c in zip(shapes.min, shapes.opt, shapes.max, strict=True)
     ):
-        raise EngineError(f"{where}: expected min <= opt <= max on every axis, got {shapes}")
+        raise EngineError(
+            f"{where}: expected min <= opt <= max on every axis, got {shapes}; {PROFILES_REMEDY}"
+        )

@@ -19,6 +19,7 @@ from pathlib import Path
 from deploy.engines.builder import Runtime, Told, build, say_nothing
 from deploy.engines.cache import Origin, cached, is_whole
 from deploy.engines.check import graph_of
+from deploy.engines.folders import writable
 from deploy.engines.profiles import check_profiles, profiles_of
 from deploy.versions import nvidia_smi
 from retrieval_contract import models
@@ -92,7 +93,8 @@ def prepare(
     """Decide what to serve, and build what that takes.
 
     Raises EngineError where the GPU cannot be used and `missing` is not CPU, and for a build that
-    fails under WAIT; the message says what to do. ContractError for a release that no GPU serves.
+    fails under WAIT; DeployError for a cache that cannot be written, ContractError for a release
+    that no GPU serves. Each message says what to do.
     """
     facts = Release.load(release).for_target(Target.GPU)
     if runtime is None or gpu is None:
@@ -103,6 +105,7 @@ def prepare(
                 "container its GPU, or serve on the processor: --missing cpu"
             )
         return Ready(release, Target.CPU, f"no {what}")
+    writable(cache, "--cache")
     origins = {m.name: origin_of(release, facts, m, runtime, gpu) for m in models.TOWERS}
     absent = [name for name, o in origins.items() if not is_whole(cache / o.folder, o)]
     if absent and missing is not Missing.WAIT:
