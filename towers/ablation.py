@@ -68,6 +68,7 @@ TERMS = {
     "masks that take out altogether": replace(FULL, held=0.0),
     "no general texts": replace(FULL, general=0.0),
     "no dropout": replace(FULL, dropout=0.0),
+    "no missing modality": replace(FULL, dropped=0.0),
     "no colour words cut": replace(FULL, colour_cut=0.0),
     "nothing spoiled": CLEAN,
     "hard negatives": replace(FULL, neighbours=64),
