@@ -117,6 +117,7 @@ def test_an_engine_that_is_not_as_it_must_be_leaves_the_report_of_the_others(
     assert "build from the FP16 graph" in query["error"]
     assert (query["tower"], query["half_share"]) == ("query_tower", None)
     assert (product["error"], product["half_share"]) == (None, 1.0)
+    assert "query_tower, SM86: expected at least 80%" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -122,6 +122,22 @@ def test_the_ladder_is_climbed_with_the_islands(data: Path) -> None:
         climb_all(TOWERS, asked, data.parent, QUIET)
 
 
+@pytest.mark.parametrize("target", ["release", "serve", "engine-check", "parity"])
+def test_make_passes_the_islands_on(target: str) -> None:
+    """To whatever exports; a file's name may hold a space."""
+    made = subprocess.run(
+        ["make", "--dry-run", target, "ISLANDS=my own.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = made.stdout.replace("\\\n", " ").splitlines()
+    exports = [line for line in lines if "-m export" in line]
+    assert len(exports) == 1 + (target == "parity")
+    assert all('--islands "my own.json"' in line for line in exports)
+
+
 # ── flags and files that are wrong ───────────────────────────────────────────────────────
 
 

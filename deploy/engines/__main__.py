@@ -27,27 +27,25 @@ LATEST = ROOT / "build" / "releases" / "latest"
 
 
 def show(checked: list[Checked], runtime: str) -> None:
-    """One row an engine."""
+    """One row an engine; below, why one is refused."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
+    console = Console(stderr=True)
     table = Table(title=f"engines by {runtime}")
-    columns = ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB", "verdict")
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("tower", "verdict") else "right")
+    for name in ("tower", "SM", "layers", "attention fused", "half", "activation MB", "MB"):
+        table.add_column(name, justify="left" if name == "tower" else "right")
     for one in checked:
         said = one.as_json()
-        if one.engine is None:
-            table.add_row(
-                one.tower, str(said["sm"]), *[""] * 5, escape(one.error or ""), style="red"
-            )
-            continue
         fused = f"{said['fused_attention']} of {said['attention_layers']}"
-        shown = ("sm", "layers", "half_share", "activation_mb", "mb")
-        sm, layers, half, activation, size = (str(said[name]) for name in shown)
-        table.add_row(one.tower, sm, layers, fused, half, activation, size, "ok")
-    Console(stderr=True).print(table)
+        shown = ("layers", "half_share", "activation_mb", "mb")
+        layers, half, activation, size = (str(said[name]) for name in shown)
+        cells = (layers, fused, half, activation, size) if one.engine else ("refused",)
+        table.add_row(one.tower, str(said["sm"]), *cells, style=None if one.engine else "red")
+    console.print(table)
+    for one in checked:
+        if one.error:
+            console.print(f"{one.tower}, {one.architecture}: {one.error}", markup=False)
 
 
 def run_check(args: argparse.Namespace) -> dict[str, object]:
