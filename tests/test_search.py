@@ -274,7 +274,7 @@ def test_two_routes_and_what_each_has_given(shop: Shop) -> None:
     hits = shop.search("blue dress", hybrid=True, limit=60)
     assert hits.end is End.ALL
     assert sorted(ids(hits)) == sorted(ids(vector))
-    ranks = {"vector": ids(vector), "words": ids(words)}
+    ranks = {"vector": ids(vector), "words": ids(finding.ordered(words))}
     for hit in hits:
         assert sum(route.share for route in hit.routes) == pytest.approx(float(hit.score > 0))
         for route in hit.routes:

@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from benchmarks.searches import MEANINGS, measured, show, ways
 from deploy.milvus import MilvusServer
-from retrieval_client import Catalog, Collection, Hit, Settings
+from retrieval_client import Catalog, Collection, Hit, ProductSearch, Settings
 from retrieval_client.collection import Ask, CollectionInfo
 from retrieval_client.deadline import Deadline
+from retrieval_client.finding import Hits
 from retrieval_client.milvus import Milvus
 from retrieval_client.searches import Searches, most_together
 from retrieval_contract.errors import (
@@ -223,6 +225,53 @@ def test_what_fails_together_is_asked_in_smaller_company(counted: Counted) -> No
         counted.passes.release(20)
         assert [call.result()[0][0].id for call in calls] == [f"p{n}" for n in range(8)]
     assert counted.calls[2] == 6
+
+
+def test_a_batch_of_one_caller_travels_in_calls_that_a_server_takes(
+    filled: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, calls = filled.milvus.client, list[int]()
+    search = client.search
+
+    def counted(name: str, data: list, **more: object) -> object:
+        calls.append(len(data))
+        return search(name, data, **more)
+
+    monkeypatch.setattr(client, "search", counted)
+    monkeypatch.setattr("retrieval_client.collection.RESULTS", 50)
+    vectors = np.concatenate([vector_of(n) for n in range(25)])
+    found = Searches()(filled, vectors, Ask(5), Deadline(60))
+    assert calls == [10, 10, 5]
+    assert [hits[0].id for hits in found] == [f"p{n}" for n in range(25)]
+    monkeypatch.undo()
+    if not filled.milvus.lite:  # which takes any number, and a second for a thousand
+        many = np.tile(vectors, (700, 1))
+        assert len(Searches()(filled, many, Ask(1), Deadline(60))) == len(many) > 16384
+
+
+def test_what_is_refused_of_a_batch_is_asked_in_parts(counted: Counted) -> None:
+    counted.most = 6
+    vectors = np.concatenate([vector_of(n) for n in range(20)])
+    found = Searches()(counted, vectors, Ask(5), Deadline(60))
+    assert [hits[0].id for hits in found] == [f"p{n}" for n in range(20)]
+    assert counted.calls == [20, 10, 5, 5, 10, 5, 5]
+    with pytest.raises(CatalogError):
+        Searches()(counted, vectors, Ask(5, "bucket <"), Deadline(60))
+    assert counted.calls[7:] == [20, 10, 5, 2, 1], "the first that is refused alone is everybody's"
+
+
+def test_the_benchmark_times_all_that_a_client_does(filled: Collection) -> None:
+    """With the same answer as by a call alone."""
+    settings = filled.milvus._settings
+    with ProductSearch(settings) as search:
+        assert search.catalog.serving().name == filled.name
+        found = ways(search)
+        hits = found.client(vector_of(7))
+        assert isinstance(hits, Hits)
+        assert [hit.id for hit in hits] == [hit.id for hit in found.alone(vector_of(7))[0]]
+        said = measured(search, np.concatenate([vector_of(n) for n in range(64)]), 1, 0.2)
+    assert said.keys() == MEANINGS.keys()
+    show({"here": said})
 
 
 def test_an_answer_has_bounds_however_many_ask() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,12 @@ from retrieval_contract.errors import (
 from retrieval_contract.tensors import Array
 
 MAX_RESULTS = 16384
+RESULTS, THUMBNAIL_RESULTS = 8192, 512
+"""Of one call, at most: the whole answer is in memory, here and there. Thumbnails weigh."""
 PASS_ROWS, PASS_BYTES = 16_000, 32_000_000
 """A step of a pass over all rows; a step costs Milvus Lite a look at every row."""
-WEIGHED = 64
+WEIGHED, PHOTO_BYTES = 64, 6000
+"""Rows that are looked at to say what one weighs; a photo, though those rows may have none."""
 SEARCH_PARAMS, FILTERED_PARAMS = "search_params", "filtered_params"
 """The properties of a collection that say how its index is searched, without and with a condition:
 JSON, see `index.tune`."""
@@ -80,18 +84,17 @@ class Ask:
     limit: int = 10
     condition: str = ""
     thumbnails: bool = False
-    offset: int = 0
     fields: tuple[str, ...] = (TITLE.name, ATTRIBUTES.name)
     consistency: Consistency = Consistency.ANY
 
     def __post_init__(self) -> None:
         if not 1 <= self.limit <= MAX_RESULTS:
             raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {self.limit}")
-        if not 0 <= self.offset <= MAX_RESULTS - self.limit:
-            raise ContractError(
-                f"offset: expected 0 to {MAX_RESULTS - self.limit} with a limit of {self.limit}, "
-                f"got {self.offset}; say more closely what is wanted instead of paging on"
-            )
+
+    @property
+    def at_once(self) -> int:
+        """Vectors of one call, at most."""
+        return max(1, (THUMBNAIL_RESULTS if self.thumbnails else RESULTS) // self.limit)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,16 @@ class CollectionInfo:
     vector_dim: int
     properties: Mapping[str, str] = field(default_factory=dict, compare=False)
     has_words: bool = field(default=False, compare=False)
+
+
+def _in_buckets(low: int, high: int) -> str:
+    """A condition for a range of buckets; the first and the last have what lies outside, too: a
+    damaged row."""
+    first, last = low <= 0, high >= models.BUCKETS
+    if first and last:
+        return f'{ID.name} != ""'
+    least, most = f"{BUCKET.name} >= {low}", f"{BUCKET.name} < {high}"
+    return most if first else least if last else f"{least} and {most}"
 
 
 def damaged(error: CatalogError) -> CatalogError:
@@ -253,7 +266,7 @@ class Collection:
         todo = [(at, at + step, "") for at in range(0, models.BUCKETS, step)][::-1]
         while todo:
             low, high, of_ids = todo.pop()
-            part = f"{whole}{BUCKET.name} >= {low} and {BUCKET.name} < {high}{of_ids}"
+            part = f"{whole}{_in_buckets(low, high)}{of_ids}"
             batch = self.query(part, [ID.name, *fields], limit=most)
             if len(batch) < most:
                 yield batch
@@ -271,11 +284,14 @@ class Collection:
                 todo += [(low, high, f"{of_ids} and {way}") for way in (f"not ({there})", there)]
 
     def _weight(self, fields: Sequence[str]) -> int:
-        """Bytes of a row, about; attributes are of any size, so some are looked at."""
+        """Bytes of a row, about; of what may be of any size some are looked at."""
         weight = 4 * self.info.vector_dim if VECTOR.name in fields else 256
-        if ATTRIBUTES.name in fields:
-            some = self.query("", [ATTRIBUTES.name], limit=WEIGHED)
-            weight += sum(len(json.dumps(row[ATTRIBUTES.name])) for row in some) // WEIGHED
+        least = {ATTRIBUTES.name: 0, THUMBNAIL.name: PHOTO_BYTES}
+        if names := [name for name in least if name in fields]:
+            some = self.query("", names, limit=WEIGHED)
+            for name in names:
+                seen = sum(len(json.dumps(row[name])) for row in some) // WEIGHED
+                weight += max(seen, least[name])
         return weight
 
     def count(self, condition: str = "") -> int:
@@ -319,26 +335,29 @@ class Collection:
         deadline = deadline or Deadline(self.milvus.timeout_s)
         fields = [*ask.fields] + [THUMBNAIL.name] * ask.thumbnails
 
-        def ask_milvus() -> Any:
+        def ask_milvus(some: list[Any]) -> Any:
             return self.milvus.client.search(
                 self.name,
-                data,
+                some,
                 anns_field=field,
                 search_params=self._search_params(ask) if field == VECTOR.name else {},
                 limit=ask.limit,
-                offset=ask.offset,
                 filter=ask.condition,
                 output_fields=fields or [ID.name],  # none at all: every field, on Milvus Lite
                 consistency_level=ask.consistency.value,
                 timeout=deadline.left_s,
             )
 
-        found = self.milvus.within(deadline, f"search {self.name}", ask_milvus)
-        return [[hit_from_milvus(hit) for hit in hits] for hits in found]
+        found: list[list[Hit]] = []
+        for start in range(0, len(data), ask.at_once):
+            call = partial(ask_milvus, data[start : start + ask.at_once])
+            answer = self.milvus.within(deadline, f"search {self.name}", call)
+            found += [[hit_from_milvus(hit) for hit in hits] for hits in answer]
+        return found
 
     def _search_params(self, ask: Ask) -> dict[str, Any]:
         """A search of a graph must look at no fewer rows (`ef`) than it shall return."""
         params = self._params[bool(ask.condition)]
-        if params.get("ef", (last := ask.limit + ask.offset)) < last:
-            params = {**params, "ef": last}
+        if params.get("ef", ask.limit) < ask.limit:
+            params = {**params, "ef": ask.limit}
         return {"params": params} if params else {}

@@ -12,14 +12,14 @@ from retrieval_client.deadline import Deadline
 from retrieval_client.hybrid import Hybrid
 from retrieval_client.options import Options
 from retrieval_client.query import Query
-from retrieval_client.records import Hit
-from retrieval_contract.errors import DeadlineExceeded
+from retrieval_client.records import ATTRIBUTES, Hit
 from retrieval_contract.tensors import Array
 
 FIRST_LOOK, FURTHER_LOOK = 4, 8
-"""Hits that are fetched for each group, and how many times as many where that was too few."""
+"""Hits that are fetched for each group, and how many times as many where a look was too short."""
 DEEPEST = 1024
-"""Hits that are looked at for groups, or for each group that is asked for one, if that is more."""
+"""Hits that are looked at for a page that ends before them, whatever groups or equal scores it has;
+for later pages that is MAX_RESULTS."""
 
 
 class End(StrEnum):
@@ -47,10 +47,18 @@ Nearest = Callable[[Array, Ask, Deadline], list[list[Hit]]]
 
 @dataclass(frozen=True)
 class _Found:
-    """The best hits of one query, and whether these are all."""
+    """The best hits of one query, in the order of pages, and whether these are all.
+
+    `floor`: hits of this score may be missing, of higher ones none is.
+    """
 
     hits: list[Hit]
     all: bool
+    floor: float
+
+    def settles(self, end: int) -> bool:
+        """Whether the first `end` stay the first, however many more are fetched."""
+        return self.all or (len(self.hits) >= end and self.hits[end - 1].score > self.floor)
 
 
 @dataclass(frozen=True)
@@ -62,49 +70,43 @@ class Finder:
     options: Options
 
     def __call__(self, queries: Sequence[Query], vectors: Array, deadline: Deadline) -> list[Hits]:
-        """The hits of each query, by its vector; `vectors` is float32 (queries, vector_dim)."""
-        options = self.options
-        others = any(query.like for query in queries)
-        if not (options.group_by or options.routes or others):
-            hits = self.nearest(vectors, options.ask(options.limit, options.offset), deadline)
-            return [self._page(self._good(each, len(each) < options.limit), 0) for each in hits]
-        if not options.group_by:
-            count = min(options.end + others, MAX_RESULTS)
-            found = self._first(queries, vectors, count, deadline)
-            return [self._page(each, options.offset) for each in found]
-        return self._groups(queries, vectors, deadline)
+        """The hits of each query, by its vector; `vectors` is float32 (queries, vector_dim).
 
-    def _groups(self, queries: Sequence[Query], vectors: Array, deadline: Deadline) -> list[Hits]:
-        """Deeper and deeper for those that have too few, to a bound."""
+        Pages are cut here: which of equal hits Milvus leaves out depends on how many it is asked
+        for. So one more than the page needs is fetched, and where that is not worse than the
+        page's last, deeper and deeper, to a bound; as for groups.
+        """
         options = self.options
-        depth, deepest = FIRST_LOOK * options.end, min(max(DEEPEST, options.end), MAX_RESULTS)
+        deepest = DEEPEST if options.end < DEEPEST else MAX_RESULTS
+        depth = options.end + 1 + any(query.like for query in queries)
+        if options.group_by:
+            depth = FIRST_LOOK * options.end
         hits: dict[int, Hits] = {}
         left = list(range(len(queries)))
         while left:
             depth = min(depth, deepest)
-            found = self._first([queries[row] for row in left], vectors[left], depth, deadline)
-            again = []
-            for row, each in zip(left, found, strict=True):
-                groups = _Found(best_of_groups(each.hits, options.group_by), each.all)
-                hits[row] = self._page(groups, options.offset)
-                if hits[row].end is End.DEPTH and depth < deepest and not options.routes:
-                    again.append(row)
-            left, depth = again, FURTHER_LOOK * depth
+            found = self._look([queries[row] for row in left], vectors[left], depth, deadline)
+            hits |= {row: self._page(each) for row, each in zip(left, found, strict=True)}
+            if depth == deepest or options.routes:
+                break
+            left = [
+                row for row, each in zip(left, found, strict=True) if not each.settles(options.end)
+            ]
+            depth *= FURTHER_LOOK
         return [hits[row] for row in range(len(queries))]
 
-    def _first(
-        self, queries: Sequence[Query], vectors: Array, count: int, deadline: Deadline
+    def _look(
+        self, queries: Sequence[Query], vectors: Array, depth: int, deadline: Deadline
     ) -> list[_Found]:
-        """The best hits of each query from the first on, without what it is like."""
-        if deadline.passed:
-            raise DeadlineExceeded(f"search: no time left of {deadline.seconds} s; raise it")
+        """The best hits or groups of each query from the first on, without what it is like."""
+        deadline.check("search")
         if routes := self.options.routes:
             hits, whole = self._fused(queries, vectors, routes, deadline)
         else:
-            hits = self.nearest(vectors, self.options.ask(count), deadline)
-            whole = [len(of_query) < count for of_query in hits]
+            hits = list(map(ordered, self.nearest(vectors, self.options.ask(depth), deadline)))
+            whole = [len(of_query) < depth for of_query in hits]
         return [
-            self._good([hit for hit in of_query if hit.id != query.like], all_there)
+            self._good(query, of_query, all_there)
             for query, of_query, all_there in zip(queries, hits, whole, strict=True)
         ]
 
@@ -120,23 +122,37 @@ class Finder:
             texts = [queries[row].text for row in worded]
             words = self.collection.search_words(texts, ask, deadline)
             by_words = dict(zip(worded, words, strict=True))
-        fused = [how.fuse(hits, by_words.get(row, [])) for row, hits in enumerate(by_vector)]
+        fused = [
+            how.fuse(ordered(hits), ordered(by_words.get(row, [])))
+            for row, hits in enumerate(by_vector)
+        ]
         return fused, [len(hits) < how.depth for hits in by_vector]
 
-    def _good(self, hits: list[Hit], all_there: bool) -> _Found:
+    def _good(self, query: Query, hits: list[Hit], all_there: bool) -> _Found:
         """Those of a high enough score; below the first of the others there is none."""
-        least = self.options.min_score
-        good = hits if least is None else [hit for hit in hits if hit.score >= least]
-        return _Found(good, all_there or len(good) < len(hits))
+        least, group_by = self.options.min_score, self.options.group_by
+        floor = hits[-1].score if hits else 0.0
+        if least is not None and floor < least:
+            hits, all_there = [hit for hit in hits if hit.score >= least], True
+        if query.like:
+            hits = [hit for hit in hits if hit.id != query.like]
+        return _Found(best_of_groups(hits, group_by) if group_by else hits, all_there, floor)
 
-    def _page(self, found: _Found, offset: int) -> Hits:
+    def _page(self, found: _Found) -> Hits:
         """The part that was asked for."""
         options = self.options
-        hits = found.hits[offset : offset + options.limit]
+        hits = found.hits[options.offset : options.end]
         end = End.ALL if found.all else End.DEPTH
         if len(hits) == options.limit:
             end = End.LIMIT
-        return Hits((replace(hit, attributes=options.attributes_of(hit)) for hit in hits), end)
+        if ATTRIBUTES.name not in options.fields:
+            hits = [replace(hit, attributes=options.attributes_of(hit)) for hit in hits]
+        return Hits(hits, end)
+
+
+def ordered(hits: Iterable[Hit]) -> list[Hit]:
+    """Best first; of equal ones, which Milvus gives in any order, by id."""
+    return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
 
 def best_of_groups(hits: Sequence[Hit], attribute: str) -> list[Hit]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypedDict
 
-from retrieval_client.collection import Ask, Consistency
+from retrieval_client.collection import MAX_RESULTS, Ask, Consistency
 from retrieval_client.hybrid import Hybrid
 from retrieval_client.records import ATTRIBUTES, TITLE, Hit
 from retrieval_client.where import Where
@@ -66,7 +66,12 @@ class Options:
                 f"offset + limit: expected at most {self.routes.depth} in a hybrid search, got "
                 f"{self.end}; give Hybrid a larger `depth`, for all pages the same"
             )
-        self.ask(self.limit, self.offset)
+        self.ask(self.limit)
+        if not 0 <= self.offset <= MAX_RESULTS - self.limit:
+            raise ContractError(
+                f"offset: expected 0 to {MAX_RESULTS - self.limit} with a limit of {self.limit}, "
+                f"got {self.offset}; say more closely what is wanted instead of paging on"
+            )
 
     @property
     def end(self) -> int:
@@ -85,22 +90,19 @@ class Options:
             return self.where.expression()
         return Where.parse(self.where, self.params).expression() if self.where else ""
 
-    def ask(self, limit: int, offset: int = 0) -> Ask:
+    def ask(self, limit: int) -> Ask:
         """What Milvus is asked."""
         wanted = set(self.fields) - {TITLE.name}
         return Ask(
             limit,
             self.condition,
             self.thumbnails,
-            offset,
             (TITLE.name,) * (TITLE.name in self.fields)
             + (ATTRIBUTES.name,) * bool(wanted or self.group_by),
             self.consistency,
         )
 
     def attributes_of(self, hit: Hit) -> dict[str, Any]:
-        """Those that were asked for, and the one that groups."""
-        if ATTRIBUTES.name in self.fields:
-            return hit.attributes
+        """Those that were asked for by name, and the one that groups."""
         wanted = [*self.fields, self.group_by]
         return {name: hit.attributes[name] for name in wanted if name in hit.attributes}

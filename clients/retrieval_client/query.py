@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Query:
         return of_text | {part: rest / len(others) for part in others}
 
 
-class Part(Enum):
-    """What a query may be made of."""
+class Part(IntEnum):
+    """What a query may be made of; by number, for each search looks it up a dozen times."""
 
     TEXT = auto()
     IMAGE = auto()

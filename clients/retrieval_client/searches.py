@@ -24,8 +24,6 @@ from retrieval_contract.tensors import Array
 
 TOGETHER = 32
 """Vectors in one call, at most: so of 64 callers one half is computed while the other is read."""
-RESULTS, THUMBNAIL_RESULTS = 8192, 512
-"""Of one call, at most: the whole answer is in memory, here and there. Thumbnails weigh."""
 
 Found = list[list[Hit] | CatalogError]
 """One entry a vector: its hits, or why there are none."""
@@ -33,8 +31,7 @@ Found = list[list[Hit] | CatalogError]
 
 def most_together(ask: Ask) -> int:
     """How many vectors may travel in one call for this question."""
-    results = THUMBNAIL_RESULTS if ask.thumbnails else RESULTS
-    return max(1, min(TOGETHER, results // ask.limit))
+    return min(TOGETHER, ask.at_once)
 
 
 class _Line:
@@ -83,7 +80,7 @@ class Searches:
             [f"vector {n}" for n in range(len(vectors))], vectors, collection.info.vector_dim
         )
         if not 0 < len(vectors) <= most_together(ask) // 2:
-            return collection.search(vectors, ask, deadline)
+            return _of_one(collection, vectors, ask, deadline)
         key = (collection.name, ask)
         with self._lock:
             line = self._lines.get(key)
@@ -102,6 +99,22 @@ class Searches:
                 if not line.callers:
                     del self._lines[key]
         return [_hits(each) for each in found]
+
+
+def _of_one(
+    collection: Collection, vectors: Array, ask: Ask, deadline: Deadline
+) -> list[list[Hit]]:
+    """The many searches of one caller; halves of what is refused together, as `_send`."""
+    try:
+        return collection.search(vectors, ask, deadline)
+    except (CatalogUnavailable, CollectionGone):
+        raise
+    except CatalogError:
+        if len(vectors) <= 1:
+            raise
+        half = len(vectors) // 2
+        first = _of_one(collection, vectors[:half], ask, deadline)
+        return first + _of_one(collection, vectors[half:], ask, deadline)
 
 
 def _hits(found: list[Hit] | CatalogError) -> list[Hit]:
