@@ -15,11 +15,13 @@ from benchmarks.stand_in import BAD, StandIns
 from retrieval_client import Catalog, Collection, Encoders, ProductRow, Settings
 from retrieval_client.__main__ import main
 from retrieval_client.audit import KINDS, ROTTEN, Audit, Found
+from retrieval_client.collection import Ask, Consistency
+from retrieval_client.picture import draw_results
 from retrieval_client.push import Push
 from retrieval_client.records import stored_from_row
 from retrieval_client.rows import candidate_from_row
 from retrieval_client.sources import SourceRow
-from tests.conftest import product_row
+from tests.conftest import photo, product_row
 from tests.shop import damage
 
 DIM, RELEASE = 8, "0123456789abcdef"
@@ -77,6 +79,9 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     damage(collection, "p7", vector=stored_row(source(20)[6]).vector)
     damage(collection, "p8", title="red dress number 3")
     damage(collection, "p9", attributes={"price": 1})
+    damage(collection, "p11", bucket=-5)
+    damage(collection, "p12", bucket=5000)
+    wanted |= {"p11": "damaged", "p12": "damaged"}
     if collection.milvus.lite:  # a server refuses it
         damage(collection, "p6", vector=np.full(DIM, np.nan, np.float32))
         wanted["p6"] = "not_finite"
@@ -90,12 +95,48 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     assert named == wanted
     assert found.stored == 20
     assert sum(found.counts.values()) == len(wanted)
-    report.found.insert(0, Found("cleared away meanwhile", "f" * 16, rotten=["p11"]))
+    report.found.insert(0, Found("cleared away meanwhile", "f" * 16, rotten=["p13"]))
     Audit(catalog).mend(report)
     rotten = {i for i, kind in wanted.items() if kind in ROTTEN}
     there = {f"p{i}" for i in range(2, 20)} | {"p0", "p99"}
     assert {row["id"] for row in collection.query('id != ""', [])} == there - rotten
     assert collection.count() == len(there - rotten)
+
+
+def test_a_damaged_photo_is_found_and_costs_no_other_hit(
+    filled: tuple[Catalog, Collection], tmp_path: Path
+) -> None:
+    """Rows of an earlier version have a checksum without it: there it must be one at all."""
+    catalog, collection = filled
+    rows = [dataclasses.replace(stored_row(row), thumbnail=photo()) for row in source(20)]
+    collection.upsert(rows)
+    good = stored_from_row(rows[0])["thumbnail"]
+    before = {at: stored_from_row(dataclasses.replace(rows[at], thumbnail=b"")) for at in (5, 6)}
+    damage(collection, "p3", thumbnail="!" + good[1:])
+    damage(collection, "p4", thumbnail=good[:100] + "AAAA" + good[104:])
+    damage(collection, "p5", checksum=before[5]["checksum"])
+    damage(collection, "p6", checksum=before[6]["checksum"], thumbnail=good[:101])
+    damage(collection, "p7", thumbnail="")
+    (found,) = Audit(catalog).run(source(20)).found
+    assert sorted(found.examples["damaged"]) == ["p3", "p4", "p6", "p7"]
+    ask = Ask(20, thumbnails=True, consistency=Consistency.ALL)
+    (hits,) = collection.search(rows[3].vector[None], ask)
+    photos = {hit.id: hit.thumbnail for hit in hits}
+    assert (len(photos), photos["p0"], photos["p3"]) == (20, photo(), b"")
+    draw_results(["all"], [hits], tmp_path / "page.png")
+
+
+def test_rows_that_are_counted_and_not_shown_are_said(
+    filled: tuple[Catalog, Collection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog, _ = filled
+    count = Collection.count
+    monkeypatch.setattr(
+        Collection, "count", lambda self, condition="": count(self, condition) + 2 * (not condition)
+    )
+    report = Audit(catalog).run(source(20))
+    assert not report.clean
+    assert {kind: n for kind, n in report.found[0].counts.items() if n} == {"unseen": 2}
 
 
 def test_what_a_server_refuses_is_not_missing(

@@ -50,8 +50,9 @@ KINDS = {
     "duplicate": "stored twice under one id",
     "not_finite": "a vector with NaN or infinity",
     "norm": "a vector that is not of length 1",
-    "damaged": "title, attributes or vector are not what was written",
+    "damaged": "title, attributes, photo, bucket or vector are not what was written",
     "differs": "encoded again it gives another vector (of the sample)",
+    "unseen": "counted, but not among the rows that Milvus shows; or stored meanwhile",
 }
 ROTTEN = ("other_release", "duplicate", "not_finite", "norm", "damaged", "differs")
 """Deleted before a repair, for their hashes may be right."""
@@ -173,9 +174,11 @@ class Audit:
                 hashes = (row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name])
                 book.hold(info.release_id, [hashes])
             look_inside(step, found)
-        if collection.count() > found.stored:
-            for product_id in doubled(collection):
+        if (unseen := collection.count() - found.stored) > 0:
+            for product_id, more in doubled(collection).items():
                 found.say("duplicate", product_id)
+                unseen -= more
+            found.counts["unseen"] = max(unseen, 0)
         return found
 
 
@@ -215,18 +218,18 @@ class Refusals:
         return of_ours and stored.content_hash != candidate.content_hash(release_id)
 
 
-def doubled(collection: Collection) -> list[str]:
-    """Ids that are stored more than once: a pass shows one row of each where a count sees all."""
-    found: list[str] = []
+def doubled(collection: Collection) -> dict[str, int]:
+    """Ids that are stored more than once, and how many more than the one that a pass shows."""
+    found: dict[str, int] = {}
     for step in collection.every([]):
         ids = [row[ID.name] for row in step]
         todo = [ids[at : at + LOOK_UP_ROWS] for at in range(0, len(ids), LOOK_UP_ROWS)]
         while todo:
             some = todo.pop()
-            if collection.count(id_filter(some)) <= len(some):
+            if (more := collection.count(id_filter(some)) - len(some)) <= 0:
                 continue
             if len(some) == 1:
-                found += some
+                found[some[0]] = more
             else:
                 middle = len(some) // 2
                 todo += [some[:middle], some[middle:]]

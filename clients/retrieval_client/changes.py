@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from retrieval_client.collection import Ask, Collection
 from retrieval_client.deadline import Deadline
 from retrieval_client.fleet import Encoders
 from retrieval_client.picture import draw_results
-from retrieval_client.records import THUMBNAIL, VECTOR, Hit
+from retrieval_client.records import THUMBNAIL, VECTOR, Hit, photo_of
 from retrieval_contract.tensors import Array
 
 TOGETHER = 64
@@ -132,6 +131,6 @@ def with_photos(hits: Sequence[Hit], collection: Collection) -> list[Hit]:
     """The same with their small photos."""
     photos = collection.of_ids([hit.id for hit in hits], [THUMBNAIL.name])
     return [
-        replace(hit, thumbnail=base64.b64decode(photos.get(hit.id, {}).get(THUMBNAIL.name) or ""))
+        replace(hit, thumbnail=photo_of(photos.get(hit.id, {}).get(THUMBNAIL.name, "")))
         for hit in hits
     ]

@@ -36,8 +36,7 @@ def draw_results(queries: Sequence[str], results: Sequence[Sequence[Hit]], path:
 
 def _draw_hit(page: Image.Image, draw: ImageDraw.ImageDraw, hit: Hit, at: tuple[int, int]) -> None:
     x, y = at
-    if hit.thumbnail:
-        photo = Image.open(io.BytesIO(hit.thumbnail)).convert("RGB")
+    if photo := _photo(hit.thumbnail):
         scale = min(PHOTO_PX[0] / photo.width, PHOTO_PX[1] / photo.height)
         size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
         photo = photo.resize(size, Image.Resampling.LANCZOS)
@@ -47,6 +46,14 @@ def _draw_hit(page: Image.Image, draw: ImageDraw.ImageDraw, hit: Hit, at: tuple[
         _text(draw, "no photo", (x + 35, y + 65), PHOTO_PX[0], 13, FAINT, lines=1)
     _text(draw, f"{hit.score:.3f}", (x, y + PHOTO_PX[1] + 6), PHOTO_PX[0], 12, FAINT, lines=1)
     _text(draw, hit.title or hit.id, (x, y + PHOTO_PX[1] + 22), PHOTO_PX[0], 12, INK, lines=3)
+
+
+def _photo(thumbnail: bytes) -> Image.Image | None:
+    """None where there is none that can be read."""
+    try:
+        return Image.open(io.BytesIO(thumbnail)).convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _text(

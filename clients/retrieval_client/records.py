@@ -85,19 +85,38 @@ def stored_from_row(row: ProductRow) -> dict[str, Any]:
     return stored | {CHECKSUM.name: checksum_of(stored)}
 
 
-CHECKED = [TITLE.name, ATTRIBUTES.name, VECTOR.name, CHECKSUM.name]
-"""Fields of a row that `is_as_written` looks at."""
+CHECKED = [field.name for field in (TITLE, ATTRIBUTES, THUMBNAIL, BUCKET, VECTOR, CHECKSUM)]
+"""Fields of a row that `is_as_written` looks at, besides its id."""
 
 
 def checksum_of(stored: Mapping[str, Any]) -> int:
-    """CRC-32 of what decides where a row is found and what is said of it."""
+    """CRC-32 of what decides where a row is found, and what is said and shown of it."""
+    return zlib.crc32(stored[THUMBNAIL.name].encode(), _checksum_without_photo(stored))
+
+
+def _checksum_without_photo(stored: Mapping[str, Any]) -> int:
+    """What rows have that an earlier version wrote."""
     said = json.dumps([stored[TITLE.name], stored[ATTRIBUTES.name]], sort_keys=True)
     return zlib.crc32(np.asarray(stored[VECTOR.name], "<f4").tobytes(), zlib.crc32(said.encode()))
 
 
 def is_as_written(stored: Mapping[str, Any]) -> bool:
-    """Whether a stored row's CHECKED fields are, bit for bit, what was once given to Milvus."""
-    return bool(checksum_of(stored) == stored[CHECKSUM.name])
+    """Whether a stored row's id and CHECKED fields are, bit for bit, what was given to Milvus; the
+    photo in a row of an earlier version must be one."""
+    if stored[BUCKET.name] != bucket_of(stored[ID.name]):
+        return False
+    photo, checksum = stored[THUMBNAIL.name], stored[CHECKSUM.name]
+    if checksum == checksum_of(stored):
+        return True
+    return bool(checksum == _checksum_without_photo(stored) and photo_of(photo))
+
+
+def photo_of(thumbnail: str) -> bytes:
+    """The JPEG in the stored text; none where that is damaged, which an audit says."""
+    try:
+        return base64.b64decode(thumbnail, validate=True)
+    except ValueError:
+        return b""
 
 
 def stored_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,11 +170,11 @@ def check_vectors(ids: Sequence[str], vectors: Array, dim: int) -> None:
 def hit_from_milvus(hit: Mapping[str, Any]) -> Hit:
     """One search result. Of a hundred a millisecond: each look at pymilvus's costs."""
     entity = hit["entity"]
-    picture = entity.get(THUMBNAIL.name)
+    thumbnail = entity.get(THUMBNAIL.name)
     return Hit(
         id=hit[ID.name] if ID.name in hit else entity[ID.name],
         score=float(hit["distance"]),
         title=entity.get(TITLE.name) or "",
         attributes=dict(entity.get(ATTRIBUTES.name) or {}),
-        thumbnail=base64.b64decode(picture) if picture else b"",
+        thumbnail=photo_of(thumbnail) if thumbnail else b"",
     )

@@ -91,7 +91,7 @@ def _show(before: AuditReport, report: AuditReport) -> None:
         for kind, meaning in KINDS.items():
             counts = [was.counts[kind]] if was is now else [was.counts[kind], now.counts[kind]]
             if any(counts):
-                table.add_row(*map(str, counts), meaning, ", ".join(was.examples[kind][:3]))
+                table.add_row(*map(str, counts), meaning, ", ".join(was.examples.get(kind, [])[:3]))
         Console().print(table if table.row_count else f"{now.collection}: {now.stored} rows, good")
     console.print(
         f"{report.read} rows in the source, {report.refused} of them cannot be stored; "
