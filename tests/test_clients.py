@@ -309,6 +309,18 @@ def test_the_command_reports_refused_rows(settings: Settings, tmp_path: Path) ->
     }
 
 
+def test_a_dry_run_says_that_the_run_would_be_refused(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("id,title\n1,red dress\n2,blue mug\n")
+    assert retrieval(settings, "push", "c.csv", cwd=tmp_path).returncode == 0
+    (tmp_path / "c.csv").write_text("id,title\n1,red dress\n")
+    command = ("push", "c.csv", "--sync", "--dry-run")
+    done = retrieval(settings, *command, cwd=tmp_path)
+    assert "would be refused without --yes: products_" in done.stderr
+    done = retrieval(settings, *command, "--json", cwd=tmp_path)
+    (why,) = json.loads(done.stdout)["would_be_refused"]
+    assert "expected a source that lacks at most 20% of the 2 rows stored, got one that" in why
+
+
 def test_an_id_that_no_encoding_takes_is_listed(settings: Settings, tmp_path: Path) -> None:
     lines = [json.dumps({"id": "\ud800", "title": "a"}), json.dumps({"id": "b", "title": "mug"})]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))

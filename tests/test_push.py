@@ -164,6 +164,22 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_then_does(shop: Shop) -> N
     assert (said.stored, done.stored) == (0, 9)
 
 
+def test_a_dry_run_says_that_the_run_would_be_refused(shop: Shop) -> None:
+    rows = [row(at) for at in range(20)]
+    shop.push(rows)
+    broken = SourceRow("", problem=ItemError(Reason.BAD_ATTRIBUTES, "not a JSON line"))
+    for source in (rows[5:], [*rows[1:], broken]):
+        said = shop.push(source, Plan(sync=True, dry=True)).fed[RELEASE]
+        with pytest.raises(TooMuchToDelete) as refused:
+            shop.push(source, Plan(sync=True))
+        assert said.refusal == str(refused.value)
+        assert said.deleted > 0
+        for plan in (Plan(sync=True, dry=True, certain=True), Plan(dry=True)):
+            assert shop.push(source, plan).fed[RELEASE].refusal == ""
+    assert shop.push(rows[1:], Plan(sync=True, dry=True)).fed[RELEASE].refusal == ""
+    assert len(shop.rows()) == 20
+
+
 def test_a_duplicate_is_refused_and_the_first_stays(shop: Shop) -> None:
     report = shop.push([row(1), row(2), row(1, "another"), row(1)])
     assert report.refused == {"duplicate_id": 2}

@@ -15,9 +15,10 @@ from retrieval_client.book import Book, Differences
 from retrieval_client.catalog import Catalog
 from retrieval_client.collection import Collection
 from retrieval_client.feed import HASHES
+from retrieval_client.feed import hashes_of as hashes_of_row
 from retrieval_client.fleet import Encoders
 from retrieval_client.patience import Patient
-from retrieval_client.records import ID, ProductRow
+from retrieval_client.records import ProductRow
 from retrieval_client.rows import Candidate
 from retrieval_client.settings import Settings
 from retrieval_client.shards import Manifest, Shard, describe_shard, hashes_of, rows_of
@@ -105,8 +106,7 @@ class Load:
         def read() -> None:
             book.empty(collection.info.release_id)
             for step in collection.every(HASHES):
-                rows = ((row[ID.name], *(row[name] for name in HASHES)) for row in step)
-                book.hold(collection.info.release_id, rows)
+                book.hold(collection.info.release_id, map(hashes_of_row, step))
 
         self._patiently(read)
 

@@ -60,6 +60,8 @@ class Fed:
     stored: int = 0
     unchanged: int = 0
     deleted: int = 0
+    refusal: str = ""
+    """Of a dry run: why the run would delete nothing unless it is `certain`, and fail."""
     left: Differences | None = None
     """What the closing audit found; None where nothing was written."""
 
@@ -103,7 +105,7 @@ class Feed:
         def read() -> None:
             self._book.empty(self.release_id)
             for step in self.collection.every(HASHES):
-                self._book.hold(self.release_id, map(_hashes, step))
+                self._book.hold(self.release_id, map(hashes_of, step))
 
         self._patiently(read)
 
@@ -112,7 +114,7 @@ class Feed:
         for start in range(0, len(ids), LOOK_UP_ROWS):
             some = ids[start : start + LOOK_UP_ROWS]
             found = self._patiently(partial(self.collection.of_ids, some, HASHES))
-            self._book.hold(self.release_id, map(_hashes, found.values()))
+            self._book.hold(self.release_id, map(hashes_of, found.values()))
 
     def take(self, candidates: Sequence[Candidate]) -> int:
         """What must be encoded goes to `pending`; what only has new attributes is made ready.
@@ -201,23 +203,32 @@ class Feed:
                 self.fed.left = self._audit()
 
     def check_surplus(self, nameless: int) -> None:
-        """TooMuchToDelete when a source looks cut short, or has rows of which the id is unknown."""
+        """TooMuchToDelete when a source looks cut short, or has rows of which the id is unknown; a
+        dry run says it instead."""
+        refusal = self._refusal(nameless)
+        if self._plan.dry:
+            self.fed.refusal = refusal
+        elif refusal:
+            raise TooMuchToDelete(refusal)
+
+    def _refusal(self, nameless: int) -> str:
         held = self._book.held(self.release_id)
         surplus = sum(1 for _ in self._book.surplus(self.release_id))
-        if self._plan.dry or self._plan.certain or not surplus:
-            return
+        if self._plan.certain or not surplus:
+            return ""
         if nameless:
-            raise TooMuchToDelete(
+            return (
                 f"{self.collection.name}: expected a source whose ids can be read, got {nameless} "
                 f"rows without one, which may be any of the {surplus} that it seems to lack; "
                 "nothing was deleted: correct those rows, or say --yes"
             )
         if surplus > DELETE_SHARE * held:
-            raise TooMuchToDelete(
+            return (
                 f"{self.collection.name}: expected a source that lacks at most {DELETE_SHARE:.0%} "
                 f"of the {held} rows stored, got one that lacks {surplus}; nothing was "
                 "deleted: see that the source is whole, then say --yes"
             )
+        return ""
 
     def _delete_surplus(self) -> None:
         surplus = list(self._book.surplus(self.release_id))
@@ -240,5 +251,6 @@ class Feed:
         return replace(self._book.differences(self.release_id), surplus=0)
 
 
-def _hashes(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def hashes_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Id and HASHES of a stored row, as a Book holds them."""
     return row[ID.name], row[CONTENT_HASH.name], row[ROW_HASH.name]

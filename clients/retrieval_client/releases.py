@@ -12,12 +12,14 @@ collection has two roles, or is held by a rollback alone; `status` says so, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog, Role
 from retrieval_client.collection import Collection
-from retrieval_client.feed import Plan
+from retrieval_client.feed import HASHES, Plan, hashes_of
 from retrieval_client.fleet import Encoders
 from retrieval_client.push import Push, PushReport
 from retrieval_client.rows import Reject
@@ -239,7 +241,7 @@ class Releases:
 
 
 def check_verdict(candidate: Collection, serving: Collection) -> None:
-    """NotVerified unless the last verdict on the candidate was good, and is of what it holds."""
+    """NotVerified unless the last verdict on the candidate was good, and is of what both hold."""
     verdict, release = Verdict.of(candidate), candidate.info.release_id
     step = "`retrieval release verify`, or say --yes"
     if verdict is None:
@@ -254,11 +256,22 @@ def check_verdict(candidate: Collection, serving: Collection) -> None:
             f"release {release}: expected it verified against {serving.info.release_id}, which "
             f"serves, got {verdict.against}; {step}"
         )
-    if verdict.state != (now := state_of(candidate)):
-        raise NotVerified(
-            f"release {release}: expected what was verified at {verdict.at} "
-            f"({verdict.state.rows} rows), got other rows ({now.rows}); {step}"
-        )
+    for collection, then in ((candidate, verdict.state), (serving, verdict.serving)):
+        if then != (now := state_of(collection)):
+            raise NotVerified(
+                f"release {release}: expected {collection.name} as it was verified at {verdict.at} "
+                f"({then.rows} rows), got other rows ({now.rows}); push the source, which reaches "
+                f"both, and {step}"
+            )
+
+
+def apart(one: Collection, other: Collection) -> Counter[str]:
+    """Rows that the two do not share, by what is wrong with the first (`Book.between`)."""
+    with Book() as book:
+        for each in (one, other):
+            for rows in each.every(HASHES):
+                book.hold(each.info.release_id, map(hashes_of, rows))
+        return Counter(kind for _, kind in book.between(one.info.release_id, other.info.release_id))
 
 
 def unfinished(standings: Iterable[Standing]) -> list[str]:

@@ -54,11 +54,15 @@ def state_of(collection: Collection) -> State:
 
 @dataclass(frozen=True)
 class Verdict:
-    """When a candidate was verified (UTC), against which release, as what, and what failed."""
+    """When a candidate was verified (UTC), against which release, as what, and what failed.
+
+    `state` is of its rows, `serving` of those that it was compared with.
+    """
 
     at: str
     against: str
     state: State
+    serving: State
     failed: tuple[str, ...]
 
     @classmethod
@@ -66,8 +70,8 @@ class Verdict:
         """The last one, as the collection was found; None if there was none that can be read."""
         try:
             said = json.loads(collection.info.properties.get(PROPERTY, ""))
-            state = State(**said.pop("state"))
-            return cls(**said | {"state": state, "failed": tuple(said["failed"])})
+            states = {name: State(**said[name]) for name in ("state", "serving")}
+            return cls(**said | states | {"failed": tuple(said["failed"])})
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

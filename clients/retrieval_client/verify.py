@@ -27,12 +27,12 @@ from retrieval_client.changes import (
     changes_between,
     write_report,
 )
-from retrieval_client.feed import LOOK_UP_ROWS
+from retrieval_client.feed import HASHES, LOOK_UP_ROWS, hashes_of
 from retrieval_client.fleet import Encoders
 from retrieval_client.index import recall_asked
 from retrieval_client.judged import Asked, ndcg
 from retrieval_client.recalls import Exact
-from retrieval_client.records import BUCKET, CHECKED, CONTENT_HASH, ID, ROW_HASH, TITLE
+from retrieval_client.records import BUCKET, CHECKED, CONTENT_HASH, ID, TITLE
 from retrieval_client.rows import Candidate, batched, candidate_from_row, is_good_id
 from retrieval_client.settings import Settings
 from retrieval_client.sources import SourceRow
@@ -49,7 +49,6 @@ QUERY_WORDS = 5
 NDCG_LOSS = 0.01
 SAMPLE = 100
 """Products of the source that are encoded again."""
-HASHES = [CONTENT_HASH.name, ROW_HASH.name]
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,10 @@ class Verification:
         """One more check."""
         self.checks.append(Check(name, str(expected), str(got), passed))
 
-    def verdict(self, state: State) -> Verdict:
+    def verdict(self, state: State, serving: State) -> Verdict:
         """To be kept with the collection."""
         failed = tuple(check.name for check in self.checks if not check.passed)
-        return Verdict(self.at, self.against, state, failed)
+        return Verdict(self.at, self.against, state, serving, failed)
 
     def to_json(self) -> dict[str, Any]:
         """For report.json."""
@@ -131,7 +130,7 @@ class Verify:
         exact, digest = Exact(ours.vectors[taken], DEPTH), Digest()
         with Book() as book:
             looked = self._look(book, exact, digest, found)
-            self._against_serving(book, found)
+            serving = self._against_serving(book, found)
             if wanted.source is not None:
                 self._against_source(wanted, book, looked, found)
         recalls = exact.recall([ours.hits[n] for n in taken], DEPTH).tolist()
@@ -145,7 +144,7 @@ class Verify:
         found.say("overlap", f"at least {least}", f"{found.overlap:.3f}", found.overlap >= least)
         if report:
             write_report(found.to_json(), found.changes, self.serving, self.candidate, report)
-        found.verdict(digest.state).record(self.candidate)
+        found.verdict(digest.state, serving).record(self.candidate)
         return found
 
     def _ask(self, asked: Asked | None) -> tuple[Asked, Answers, Answers]:
@@ -193,22 +192,25 @@ class Verify:
             strangers += sum(
                 not row[CONTENT_HASH.name].startswith(f"{info.release_id}:") for row in rows
             )
-            book.hold(info.release_id, ((r[ID.name], *(r[h] for h in HASHES)) for r in rows))
+            book.hold(info.release_id, map(hashes_of, rows))
         bad = sum(looked.counts.values())
         wanted = "finite, of length 1, as written"
         found.say("vectors", wanted, f"{bad} of {looked.stored} not", not bad)
         found.say("release of rows", info.release_id, f"{strangers} of another", not strangers)
         return looked
 
-    def _against_serving(self, book: Book, found: Verification) -> None:
-        ours, theirs = self.candidate.info, self.serving.info
+    def _against_serving(self, book: Book, found: Verification) -> State:
+        """The one pass over what serves, which is returned."""
+        ours, theirs, digest = self.candidate.info, self.serving.info, Digest()
         for rows in self.serving.every(HASHES):
-            book.hold(theirs.release_id, ((r[ID.name], *(r[h] for h in HASHES)) for r in rows))
+            digest.add(rows)
+            book.hold(theirs.release_id, map(hashes_of, rows))
         counts = self.serving.count(), self.candidate.count()
         found.say("rows", f"{counts[0]}, as serving", counts[1], counts[0] == counts[1])
         apart = Counter(kind for _, kind in book.between(ours.release_id, theirs.release_id))
         got = ", ".join(f"{count} {kind}" for kind, count in sorted(apart.items()))
         found.say("row by row", "made from the same source rows", got or "all are", not apart)
+        return digest.state
 
     def _against_source(
         self, wanted: Wanted, book: Book, looked: Found, found: Verification

@@ -126,6 +126,7 @@ def progress_bar(quiet: bool) -> Progress:
 
 def _say(args: argparse.Namespace, report: PushReport, total: int, elapsed_s: float) -> None:
     refused = report.refused.total()
+    refusals = [fed.refusal for fed in report.fed.values() if fed.refusal]
     if args.json:
         said = {
             "read": report.read,
@@ -139,11 +140,16 @@ def _say(args: argparse.Namespace, report: PushReport, total: int, elapsed_s: fl
             "in_catalog": total,
             "elapsed_s": round(elapsed_s, 3),
         }
-        print(json.dumps(said | {"dry_run": True} if args.dry_run else said))
+        if args.dry_run:
+            said |= {"dry_run": True, "would_be_refused": refusals}
+        print(json.dumps(said))
         return
     for release_id, fed in report.fed.items():
         of = f"release {release_id}: " if len(report.fed) > 1 else ""
         console.print(of + _said(fed, args.dry_run), highlight=False)
+    for refusal in refusals:
+        line = f"would be refused without --yes: {refusal}"
+        console.print(line, style="red", markup=False, soft_wrap=True)
     rest = "nothing was written" if args.dry_run else f"the catalog holds {total}"
     console.print(f"{refused} refused; {rest}")
     for reject in report.rejects[:10]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from retrieval_client.commands.shared import EXIT_REFUSED, console, rejects_file
 from retrieval_client.feed import Plan
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked
-from retrieval_client.releases import Releases, Standing, unfinished
+from retrieval_client.releases import Releases, Standing, apart, unfinished
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Columns, Source
 from retrieval_client.verify import NDCG_LOSS, Verification, Verify, Wanted
@@ -165,13 +165,22 @@ def run_promote(args: argparse.Namespace, settings: Settings) -> int:
 def run_rollback(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval release rollback`."""
     with releases(settings) as ours:
-        return _serves(args, ours.rollback())
+        before = ours.catalog.serving(max_age_s=0.0)
+        now = ours.rollback()
+        return _serves(args, now, apart(now, before))
 
 
-def _serves(args: argparse.Namespace, collection: Collection) -> int:
+def _serves(
+    args: argparse.Namespace, collection: Collection, differs: Mapping[str, int] | None = None
+) -> int:
+    """`differs`: its rows from those of what served before, by kind."""
     info = collection.info
     text = f"release {info.release_id} serves; searches everywhere see it within seconds"
-    return _say(args, {"serving": info.release_id, "collection": info.name}, text)
+    if differs:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(differs.items()))
+        text += f"; of what served before, rows are {counts} in it: push the source again"
+    said = {"serving": info.release_id, "collection": info.name}
+    return _say(args, said | ({"differs": dict(differs)} if differs is not None else {}), text)
 
 
 def run_abort(args: argparse.Namespace, settings: Settings) -> int:
