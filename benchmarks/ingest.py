@@ -1,9 +1,9 @@
 """Kills while products are pushed: what is lost, doubled, stale or mixed after the next run?
 
 The `retrieval push` command itself is killed, or the Milvus that it writes to. A round changes the
-source (titles, prices, photos taken away, products gone and new), kills some pushes of it at random
-moments, each of which goes on from what the one before left, lets one run to its end, and then
-compares the whole catalog with the source, row by row (`ingest_state.py`).
+source (titles, prices, photos taken away or swapped, products gone and new), kills some pushes of
+it at random moments, each of which goes on from what the one before left, lets one run to its end,
+and then compares the whole catalog with the source, row by row (`ingest_state.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from retrieval_client.sources import Source
 
 PRODUCTS = 5000
 """In the source at any time."""
-CHANGED, PRICED, GONE = 0.012, 0.06, 0.004
-"""Shares of the source, a round: titles, prices alone; gone, and as many new ones."""
+CHANGED, PHOTOS, PRICED, GONE = 0.012, 0.006, 0.06, 0.004
+"""Shares of the source, a round: titles, photos, prices alone; gone, and as many new ones."""
 WITH_PHOTO = 0.7
 SPAN_S = 9.0
 """A push is killed at any moment of so many seconds after it began to read its source; later, at
@@ -60,13 +60,15 @@ class Shelf:
                 photo.write_bytes(row.image)
                 product["image"] = str(photo.relative_to(folder))
             self._all.append(product | row.attributes)
+        self._photos = [product["image"] for product in self._all if "image" in product]
         self.there = self._all[: min(size, len(self._all) - 1)]
         self._away = self._all[len(self.there) :]
         self.touched: list[str] = []
         self._write()
 
     def change(self, round_number: int) -> None:
-        """Some of everything; `touched` are the ids of those with another title or none before."""
+        """Some of everything; `touched` are the ids of those with another title or photo, or none
+        before."""
         size, rng = len(self.there), self._rng
         places = list(range(size))
         gone = set(rng.sample(places, max(1, min(int(GONE * size), len(self._away)))))
@@ -74,6 +76,14 @@ class Shelf:
         for at in rng.sample(places, max(1, int(CHANGED * size))):
             self.there[at] = {**self.there[at], "title": f"{self._title(at)} {round_number}"}
             self.touched.append(self.there[at]["id"])
+        for at in rng.sample(places, max(2, int(PHOTOS * size))):
+            before = self.there[at].get("image")
+            others = [photo for photo in self._photos if photo != before]
+            product = {name: value for name, value in self.there[at].items() if name != "image"}
+            if others and (before is None or rng.random() < 0.5):
+                product["image"] = rng.choice(others)
+            self.there[at] = product
+            self.touched.append(product["id"])
         for at in rng.sample(places, max(1, int(PRICED * size))):
             self.there[at] = {**self.there[at], "price": round(rng.uniform(1, 99), 2)}
         leaving = [self.there[at] for at in gone]

@@ -57,7 +57,7 @@ def second_push(
                 raise RetrievalError(f"second_push: {done.stdout}")
             said.append(json.loads(done.stdout))
     return {
-        "products": len(shelf.there),
+        "trials": len(shelf.there),
         "encoded": said[0]["encoded"],
         "encoded_again": said[1]["encoded"],
         "stored_again": said[1]["stored"],
@@ -108,6 +108,7 @@ def push_rate(
             rates.append(report.stored / took)
             ratios.append(rates[-1] / asked.rows_per_s)
     return {
+        "trials": ROUNDS,
         "products": len(rows),
         "rows_per_s": round(statistics.median(rates), 1),
         "ratio": round(statistics.median(ratios), 3),
@@ -147,6 +148,7 @@ def pushed(uri: str, count: int) -> dict[str, Any]:
     peak = peak_mb()
     (fed,) = report.fed.values()
     return {
+        "trials": count,
         "rows": count,
         "stored": report.stored,
         "there": there,

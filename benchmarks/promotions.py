@@ -210,4 +210,8 @@ def every_promotion(searches: int, log: IO[str]) -> dict[str, object]:
     sums: dict[str, object] = {
         name: int(np.sum([getattr(found, name) for found in places.values()])) for name in counts
     }
-    return sums | {"places": {place: vars(found) for place, found in places.items()}}
+    return (
+        {"trials": sums["searches"]}
+        | sums
+        | {"places": {place: vars(found) for place, found in places.items()}}
+    )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from benchmarks import (
+    faults,
+    fuzz,
+    ingest,
+    ingest_faults,
+    ingest_rates,
+    ingest_storage,
+    overload,
+    promotions,
+    soak,
+)
+from benchmarks.chaos import ROWS
 from benchmarks.ingest import Kills, Shelf, kill_push, kills
 from benchmarks.ingest_faults import hostile
 from benchmarks.ingest_state import compare
@@ -43,6 +57,31 @@ def test_killed_pushes_lose_nothing(triton: Server, tmp_path: Path) -> None:
     blank.span_s = found.span_s
     blank.encoded, blank.renewed, blank.deleted = found.encoded, found.renewed, found.deleted
     assert found == blank, "nothing wrong, no push that failed"
+
+
+def test_a_shelf_changes_in_every_way(tmp_path: Path) -> None:
+    """Else a kill would never hit a push that takes a photo away."""
+    source = write_rendered_catalog(tmp_path / "drawn", products=60, progress=False)
+    shelf = Shelf(tmp_path / "shelf", source, 40)
+    seen = set()
+    for number in range(8):
+        before = {product["id"]: product for product in shelf.there}
+        shelf.change(number)
+        now = {product["id"]: product for product in shelf.there}
+        assert [*map(json.loads, shelf.path.read_text().splitlines())] == shelf.there
+        assert len(now) == 40
+        seen |= {"gone"} if before.keys() - now else set()
+        seen |= {"new"} if now.keys() - before else set()
+        for product_id in before.keys() & now:
+            old, new = before[product_id], now[product_id]
+            seen |= {name for name in ("title", "price") if old[name] != new[name]}
+            photos = old.get("image"), new.get("image")
+            if photos[0] != photos[1]:
+                assert product_id in shelf.touched
+                seen.add(
+                    "photo taken" if not photos[1] else "photo given" if not photos[0] else "photo"
+                )
+    assert seen == {"gone", "new", "title", "price", "photo", "photo taken", "photo given"}
 
 
 def test_the_comparison_sees_what_is_wrong(
@@ -147,5 +186,43 @@ def test_a_long_push_is_counted_and_needs_little(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["stored"], found["there"], found["left"]) == (3000, 3000, 0)
+    assert (found["trials"], found["stored"], found["there"], found["left"]) == (
+        3000,
+        3000,
+        3000,
+        0,
+    )
     assert found["grew_mb"] < 600, "Milvus Lite, which lives in that process, has its part of it"
+
+
+RUNS: dict[str, Callable[..., object]] = {
+    "stub_kills": faults.stub_kills,
+    "server_kills": faults.server_kills,
+    "rolling_restarts": faults.rolling_restart,
+    "fuzz": fuzz.fuzz,
+    "overload": overload.overload,
+    "stalls": overload.stalls,
+    "bulk": overload.beside_bulk,
+    "promotions": promotions.every_promotion,
+    "soak": soak.soak,
+    "push_kills_lite": ingest.push_kills_lite,
+    "push_kills_server": ingest.push_kills_server,
+    "milvus_kills": ingest.milvus_kills,
+    "second_push": ingest_rates.second_push,
+    "push_rate": ingest_rates.push_rate,
+    "million_rows": ingest_rates.pushed,
+    "outages": ingest_faults.outages,
+    "hostile": ingest_faults.hostile_everywhere,
+    "storage": ingest_storage.storage,
+}
+
+
+def test_every_row_counts_its_trials() -> None:
+    """By what its function is declared or written to return: running them all takes hours."""
+    assert RUNS.keys() == ROWS.keys()
+    for name, run in RUNS.items():
+        returned = get_type_hints(run)["return"]
+        if is_dataclass(returned):
+            assert "trials" in {field.name for field in fields(returned)}, name
+        else:
+            assert '"trials"' in inspect.getsource(run), name
