@@ -32,11 +32,11 @@ from retrieval_client.hybrid import Fusion, Hybrid
 from retrieval_client.records import TITLE, Hit
 from retrieval_contract.errors import SourceError
 from towers.checkpoint import SHIPPED, load_make
-from towers.evaluate import side_of
+from towers.evaluate import part_of, side_of
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.encoders import Encoders
 from towers.learning.metrics import ratio_interval
-from towers.learning.split import fraction_of, sides_of
+from towers.learning.split import fraction_of
 from towers.two_towers import unit
 
 TOP = 10
@@ -217,9 +217,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         settings = Settings(milvus=f"{place}/catalog.db", timeout_s=600)
         for folder in args.data:
-            data = read_data(folder)
-            if (side := side_of(folder, str(SHIPPED))) != "all":
-                data = data.select(sides_of(data)[side])
+            data = part_of(read_data(folder), side_of(folder, SHIPPED), [SHIPPED])
             data = sample(data, args.products)
             if not data.queries:
                 raise SourceError(f"{folder}: expected queries.csv with judgements, found none")

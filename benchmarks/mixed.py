@@ -27,11 +27,11 @@ from benchmarks.program import print_report
 from retrieval_client.query import TEXT_WEIGHT
 from retrieval_contract.errors import SourceError
 from towers.checkpoint import SHIPPED, load_make
-from towers.evaluate import side_of
+from towers.evaluate import part_of, side_of
 from towers.learning.catalog import ProductData, Query, read_data
 from towers.learning.encoders import Encoders
 from towers.learning.metrics import ratio_interval
-from towers.learning.split import fraction_of, sides_of
+from towers.learning.split import fraction_of
 
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 Values = NDArray[np.float64]
@@ -138,9 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Encode, ask, judge; returns the report."""
-    data = read_data(args.data)
-    if (side := side_of(args.data, str(SHIPPED))) != "all":
-        data = data.select(sides_of(data)[side])
+    data = part_of(read_data(args.data), side_of(args.data, SHIPPED), [SHIPPED])
     rows = sorted(range(len(data)), key=lambda row: fraction_of(data.ids[row]))
     data = data.select(sorted(rows[: args.products]))
     queries = asked_of(data, args.asked, args.kept, args.queries)

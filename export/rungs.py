@@ -40,10 +40,9 @@ from retrieval_contract.errors import ExportError, ReleaseMismatch, SourceError
 from retrieval_contract.graph import why_no_bf16
 from retrieval_contract.release import Precision
 from retrieval_contract.tensors import Array, Model
-from towers.evaluate import side_of
+from towers.evaluate import part_of, side_of
 from towers.learning.catalog import ProductData, read_data
-from towers.learning.split import fraction_of, sides_of
-from towers.learning.trained import new_rows
+from towers.learning.split import fraction_of
 from towers.two_towers import TwoTowers
 
 REFERENCE_ROWS = 6
@@ -107,9 +106,7 @@ def climb_all(towers: TwoTowers, asked: Asked, out: Path, console: Console) -> d
 def sampled(asked: Asked) -> ProductData:
     """Products by a hash of their ids, of those that were not trained on; their queries."""
     data = read_data(asked.data)
-    side = side_of(asked.data, asked.checkpoint)
-    new = side == "new"
-    data = data.select(new_rows(data, [asked.checkpoint]) if new else sides_of(data)[side])
+    data = part_of(data, side_of(asked.data, asked.checkpoint), [asked.checkpoint])
     order = sorted(range(len(data)), key=lambda row: fraction_of(data.ids[row]))
     some = data.select(order[: asked.products])
     if not some.queries:

@@ -16,6 +16,7 @@ from towers.learning.baselines import BASELINES, baselines
 from towers.learning.catalog import read_data
 from towers.learning.split import sides_of
 from towers.learning.systems import systems_of
+from towers.learning.trained import new_rows
 from towers.make import Make
 from towers.pretrained import pretrained_make
 
@@ -79,6 +80,7 @@ def test_it_finds_what_titles_do_not_say(shipped: Make) -> None:
     """Every sixth product of the side that was never trained on."""
     assert side_of(REAL_CATALOG, SHIPPED) == "test"
     data = read_data(REAL_CATALOG)
+    assert new_rows(data, [SHIPPED]) == sorted(set(range(len(data))) - {*sides_of(data)["train"]})
     data = data.select(sides_of(data)["test"][::6])
     slices = ["all", "colour_not_in_title"]
     found = {

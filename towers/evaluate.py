@@ -165,6 +165,13 @@ def side_of(folder: Path, *checkpoints: str | Path) -> str:
     return "new"
 
 
+def part_of(data: ProductData, side: str, checkpoints: Sequence[str | Path]) -> ProductData:
+    """The products on a side of the data; new is what none of the checkpoints was trained on."""
+    if side == "all":
+        return data
+    return data.select(new_rows(data, checkpoints) if side == "new" else sides_of(data)[side])
+
+
 def asked_about(folder: Path, asked: str | None, checkpoints: Sequence[str | Path]) -> ProductData:
     """The products to find, and what is judged of them; says which they are."""
     data = read_data(folder)
@@ -174,12 +181,7 @@ def asked_about(folder: Path, asked: str | None, checkpoints: Sequence[str | Pat
             "this folder"
         )
     side = asked or side_of(folder, *checkpoints)
-    rows = list(range(len(data)))
-    if side == "new":
-        rows = new_rows(data, checkpoints)
-    elif side != "all":
-        rows = sides_of(data)[side]
-    part = data.select(rows)
+    part = part_of(data, side, checkpoints)
     console.print(f"{folder}: side {side}, {len(part)} of {len(data)} products", markup=False)
     if not part.queries:
         raise SourceError(
