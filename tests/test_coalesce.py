@@ -14,7 +14,12 @@ import pytest
 from retrieval_client import coalesce
 from retrieval_client.coalesce import Coalescer
 from retrieval_client.deadline import Deadline
-from retrieval_contract.errors import DeadlineExceeded, RequestRefused, ServerUnavailable
+from retrieval_contract.errors import (
+    DeadlineExceeded,
+    RequestRefused,
+    ServerBusy,
+    ServerUnavailable,
+)
 
 Send = Callable[[list[int], Deadline], Sequence[int]]
 
@@ -116,7 +121,7 @@ def test_a_stream_of_the_impatient_does_not_keep_the_patient_waiting() -> None:
 
     def hurry(seconds: float) -> None:
         while not stop.is_set():
-            with contextlib.suppress(DeadlineExceeded):
+            with contextlib.suppress(DeadlineExceeded, ServerBusy):
                 ask(merged, [1], seconds)
 
     with ThreadPoolExecutor(13) as pool:
@@ -151,6 +156,32 @@ def test_who_comes_back_to_the_front_does_not_lead_before_the_leader_has_taken(
     assert send.sent[:2] == [[1], [2, 3]]
     assert sorted(send.sent[2]) == list(range(3, 13))
     assert (merged._ahead, merged._under_way) == (0, 0)
+
+
+def test_who_could_be_answered_too_late_is_told_before_his_time_is_over() -> None:
+    """Whom it is too late for when it is his turn; the last one is let in, to see whether it is."""
+    merged = Coalescer(Doubler(0.2), most=8)
+    merged._usual_s = 0.5
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(ask, merged, [1])
+        time.sleep(0.05)
+        began = time.monotonic()
+        waiting = [pool.submit(ask, merged, [n], 0.8) for n in (2, 3, 4)]
+        for refused in waiting[:2]:
+            with pytest.raises(ServerBusy, match=r"left of 0\.8 s"):
+                refused.result()
+        assert time.monotonic() - began < 0.6
+        assert (first.result(), waiting[2].result()) == ([2], [8])
+
+
+def test_who_leads_at_the_end_of_his_time_has_had_his_turn() -> None:
+    """Else the next turn is one too many."""
+    merged: Coalescer[int, list[int]] = Coalescer(Doubler(), most=8)
+    call = coalesce._Call([1], Deadline(1.0))
+    merged._join(call)
+    merged._give_up(call)
+    assert call.leads
+    assert call.turn.locked()
 
 
 def test_an_error_at_the_end_of_somebodys_time_is_not_everybodys() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from retrieval_client.deadline import Deadline
-from retrieval_contract.door import SHARE, Pace
+from retrieval_contract.door import MEMORY, SHARE, Pace
 from retrieval_contract.errors import DeadlineExceeded, RetrievalError, ServerBusy
 
 GATHER_STEP_S, GATHER_S = 0.5e-3, 10e-3
@@ -76,6 +76,8 @@ class Coalescer(Generic[Item, Results]):
         self._send, self._most, self._refuse = send, most, refuse
         self._under_way = 0
         self._pace, self._last_answer = Pace(most), 0.0
+        self._usual_s = 0.0
+        """What a request takes lately, whatever its size and whoever else asks the same server."""
         self._waiting: deque[_Call[Item, Results]] = deque()
         self._ahead = 0
         """Items of those who are not answered yet."""
@@ -91,7 +93,8 @@ class Coalescer(Generic[Item, Results]):
     def __call__(self, items: Sequence[Item], deadline: Deadline) -> Results:
         """Results of these items, at most `most`; raises what `send` raises, or DeadlineExceeded.
 
-        Raises ServerBusy when those who wait would take more than its SHARE of the deadline.
+        Raises ServerBusy when those who wait would take more than its SHARE of the deadline, or
+        an answer, when it is its turn, more than that of what is left.
         A request that fails fails for all its callers, but one that took too long for the most
         impatient of them is sent again for those who have time, with nobody who has less than
         half as much.
@@ -156,6 +159,8 @@ class Coalescer(Generic[Item, Results]):
     def _give_up(self, call: _Call[Item, Results]) -> None:
         """Leave the queue, unless it is our turn this very moment."""
         with self._lock:
+            if call.leads:
+                call.turn.acquire()  # it was released this very moment
             if call.leads or call.done:
                 return
             self._drop(call)
@@ -168,6 +173,9 @@ class Coalescer(Generic[Item, Results]):
         with self._lock:
             self._take(batch := mine.batch)
             self._shared = len(batch) > 1
+        if not batch:  # nobody has time enough
+            self._hand_on(mine)
+            return
         items = [item for call in batch for item in call.items]
         began, start = time.monotonic(), 0
         first = min((call.deadline for call in batch), key=_ends)
@@ -199,6 +207,7 @@ class Coalescer(Generic[Item, Results]):
         with self._lock:
             now = time.monotonic()
             self._pace.took(rows, now - max(began, self._last_answer))
+            self._usual_s += (1 - MEMORY) * (now - began - self._usual_s)
             self._last_answer = now
 
     def _gather(self, mine: _Call[Item, Results]) -> None:
@@ -228,6 +237,9 @@ class Coalescer(Generic[Item, Results]):
         shortest, wanted = float("inf"), 0.0
         while self._waiting and count + len(self._waiting[0].items) <= self._most:
             left = _ends(self._waiting[0].deadline) - now
+            if self._hopeless(left, count + len(self._waiting[0].items)):
+                self._turn_away(self._waiting.popleft())
+                continue
             shortest = min(shortest, left)
             if self._waiting[0].cut:
                 wanted = max(wanted, left / 2)
@@ -235,6 +247,24 @@ class Coalescer(Generic[Item, Results]):
                 break  # somebody would be cut short again
             batch.append(self._waiting.popleft())
             count += len(batch[-1].items)
+
+    def _hopeless(self, left_s: float, items: int) -> bool:
+        """Whether a request of so many would take more than a SHARE of this time; under the lock.
+
+        Who is alone takes nobody's, and only what is sent can correct what we expect.
+        """
+        needs_s = max(self._usual_s, items * self._pace.seconds_per_row)
+        return self._refuse and self._ahead > items and needs_s > left_s * SHARE
+
+    def _turn_away(self, call: _Call[Item, Results]) -> None:
+        """Before its time is over, and without costing anybody theirs; under the lock."""
+        self._ahead -= len(call.items)
+        call.error = ServerBusy(
+            f"expected time for an answer, got {call.deadline.left_s:.3g} s that are left of "
+            f"{call.deadline.seconds} s; try again later, or serve with more"
+        )
+        if not call.leads:
+            call.turn.release()
 
     def _hand_on(self, mine: _Call[Item, Results]) -> None:
         with self._lock:
