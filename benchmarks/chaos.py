@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ def none_of(*names: str) -> Callable[[Counts], bool]:
     return lambda counts: not any(counts[name] for name in names)
 
 
+def some(name: str, kept: Callable[[Counts], bool]) -> Callable[[Counts], bool]:
+    """As `kept`, and there is at least one of these: of nothing any promise is true."""
+    return lambda counts: counts[name] > 0 and kept(counts)
+
+
 def served(scenario: Callable[..., Counts]) -> Callable[[House, int], Counts]:
     """A scenario of `overload.py` on a server of its own."""
 
@@ -85,20 +91,26 @@ def kills(run: Callable[..., ingest.Kills], most: int) -> Row:
 
 FEWEST_PRODUCTS = 40
 ROWS: dict[str, Row] = {
-    "stub_kills": Row(100, scenario(faults.stub_kills), none_of("wrong", "late_failures")),
-    "server_kills": Row(20, scenario(faults.server_kills), none_of("wrong", "late_failures")),
-    "rolling_restarts": Row(10, scenario(faults.rolling_restart), none_of("wrong", "failed")),
-    "fuzz": Row(10_000, scenario(fuzz), none_of("crashes", "wrong")),
+    "stub_kills": Row(
+        100, scenario(faults.stub_kills), some("answered", none_of("wrong", "late_failures"))
+    ),
+    "server_kills": Row(
+        20, scenario(faults.server_kills), some("answered", none_of("wrong", "late_failures"))
+    ),
+    "rolling_restarts": Row(
+        10, scenario(faults.rolling_restart), some("answered", none_of("wrong", "failed"))
+    ),
+    "fuzz": Row(10_000, scenario(fuzz), some("answered", none_of("crashes", "wrong", "failed"))),
     "overload": Row(
         60,
         served(overload.overload),
-        lambda counts: counts["goodput"] >= 0.9 and not counts["hanging"],
+        lambda counts: counts["goodput"] >= 0.9 and none_of("unanswered", "hanging")(counts),
     ),
-    "stalls": Row(5000, served(overload.stalls), none_of("stalled")),
+    "stalls": Row(5000, served(overload.stalls), some("trials", none_of("stalled", "failed"))),
     "bulk": Row(
         60,
         served(overload.beside_bulk),
-        lambda counts: counts["p99_ratio"] <= 3 and not counts["failed"],
+        some("pushed", lambda counts: counts["p99_ratio"] <= 3 and not counts["failed"]),
     ),
     "promotions": Row(
         5000,
@@ -108,7 +120,7 @@ ROWS: dict[str, Row] = {
     "soak": Row(
         1200,
         lambda house, size: soak(house.release, house.texts, size, size / 4, house.log),
-        none_of("grew"),
+        some("answered", none_of("grew")),
     ),
     "push_kills_lite": kills(ingest.push_kills_lite, 200),
     "push_kills_server": kills(ingest.push_kills_server, 40),
@@ -170,8 +182,9 @@ def run(args: argparse.Namespace) -> dict[str, Counts]:
             try:
                 counts = row.run(house, max(1, round(row.size * args.scale)))
                 found[name] = {**counts, "kept": row.kept(counts)}
-            except RetrievalError as exc:
-                found[name] = {"error": str(exc), "kept": False}
+            except Exception as exc:  # of a command or a process, too: the others are still done
+                traceback.print_exc(file=log)
+                found[name] = {"error": f"{type(exc).__name__}: {exc}", "kept": False}
             console.print(f"{name}: {time.monotonic() - start:.0f} s, {found[name]}", markup=False)
     return found
 

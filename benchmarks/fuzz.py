@@ -42,7 +42,8 @@ SOCKET_EVERY, LARGE_EVERY = 50, 2500
 class Fuzzed:
     """`crashes`: processes of the server that are not what they were at the start.
 
-    `wrong`, `failed`: of the good requests beside them; `outcomes`: status codes of the bad ones.
+    `wrong`, `failed`: of the good requests beside them, and of the latter the first few `errors`;
+    `outcomes`: status codes of the bad ones.
     """
 
     trials: int
@@ -50,6 +51,7 @@ class Fuzzed:
     wrong: int
     failed: int
     answered: int
+    errors: list[str]
     outcomes: dict[str, int]
 
 
@@ -74,6 +76,7 @@ def fuzz(release: Path, trials: int, seed: int = 0, log: IO[str] = sys.stderr) -
         load.wrong,
         len(load.failed),
         len(load.answered),
+        load.errors[:5],
         dict(outcomes),
     )
 

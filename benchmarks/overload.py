@@ -3,8 +3,9 @@
 Three questions, asked through the client library as applications use it, latencies counted from
 when a call was due:
 
-* overload: callers come at three times the rate that the server can answer. How many are answered
-  in their time, against that rate; is everybody else refused, and how soon?
+* overload: callers come at three times the rate that the server can answer, from several processes
+  and clients. How many are answered in their time, against that rate; is everybody else refused,
+  and how soon? Who only finds his time over was neither.
 * stalls: bursts and steady load. How many calls take longer than STALL_S?
 * bulk: searches at a steady rate, alone and while a push saturates the server. Their p99?
 
@@ -20,12 +21,12 @@ import random
 import statistics
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
 from retrieval_contract.door import Lane
-from retrieval_contract.errors import RetrievalError
+from retrieval_contract.errors import ServerBusy
 
 DEADLINE_S, PATIENT_S = 0.5, 5.0
 """Past what can be carried, and where everybody should be answered."""
@@ -56,11 +57,14 @@ STEADY = 0.5
 BULK_ROWS, BULK_IN_FLIGHT = 32, 4
 SEARCHES_PER_S = 50.0
 """Beside a push."""
-THREADS, PRODUCTS = 2048, 256
+PROCESSES, CLIENTS = 2, 4
+"""Past the capacity: so many processes with so many clients each, of which none knows what the
+others ask for."""
+THREADS, PRODUCTS = 1024, 256
 SLACK_S = 0.05
 """Beyond its deadline, before a call counts as hanging: threads of a busy machine wake late."""
 
-ANSWERED = "answered"
+ANSWERED, REFUSED = "answered", ServerBusy.__name__
 console = Console(stderr=True)
 
 
@@ -84,7 +88,22 @@ class Calls:
     @property
     def counts(self) -> dict[str, int]:
         """Calls by outcome."""
-        return dict(Counter({name: len(found) for name, found in self.seconds.items()}))
+        return {name: len(found) for name, found in self.seconds.items()}
+
+    @property
+    def failed(self) -> int:
+        """Calls that were not answered, for whatever reason."""
+        return len(self.all) - self.counts.get(ANSWERED, 0)
+
+    @classmethod
+    def sum(cls, parts: Iterable[Calls]) -> Calls:
+        """Of several generators."""
+        whole = cls()
+        for part in parts:
+            for outcome, found in part.seconds.items():
+                whole.seconds.setdefault(outcome, []).extend(found)
+            whole.lateness_s = max(whole.lateness_s, part.lateness_s)
+        return whole
 
     def percentile_ms(self, percent: float, outcome: str = ANSWERED) -> float:
         """Infinite when there was none."""
@@ -98,28 +117,29 @@ def call(encoder: Encoder, text: str, due: float, deadline_s: float, calls: Call
         left = max(deadline_s - (time.perf_counter() - due), 1e-3)
         encoder.encode_queries([text], timeout_s=left).vector(0)
         outcome = ANSWERED
-    except RetrievalError as exc:
+    except Exception as exc:  # whatever it is, this caller has no answer
         outcome = type(exc).__name__
     calls.add(outcome, time.perf_counter() - due)
 
 
 def offer(
-    encoder: Encoder,
+    encoders: Sequence[Encoder],
     texts: Sequence[str],
     rate: float,
     seconds: float,
     deadline_s: float = DEADLINE_S,
     seed: int = 0,
 ) -> Calls:
-    """Poisson arrivals at `rate` a second, whatever became of those before."""
+    """Poisson arrivals at `rate` a second, whatever became of those before; clients take turns."""
     rng, calls, drawn = random.Random(seed), Calls(), itertools.cycle(texts)
+    turns = itertools.cycle(encoders)
     with ThreadPoolExecutor(THREADS) as pool:
         start = due = time.perf_counter()
         while (due := due + rng.expovariate(rate)) < start + seconds:
             if (early := due - time.perf_counter()) > 0:
                 time.sleep(early)
             calls.lateness_s = max(calls.lateness_s, -early)
-            pool.submit(call, encoder, next(drawn), due, deadline_s, calls)
+            pool.submit(call, next(turns), next(drawn), due, deadline_s, calls)
     return calls
 
 
@@ -143,44 +163,61 @@ def capacity(server: Server, texts: Sequence[str], seconds: float) -> float:
 
 @contextmanager
 def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[Callable[[], int]]:
-    """An ingestion that keeps the server's product side full; gives the count of what went in."""
+    """An ingestion that keeps the server's product side full; gives the count of what went in.
+
+    Raises at its end what a push raised.
+    """
     over, pushed = threading.Event(), itertools.count()
 
     def push() -> None:
         drawn = itertools.cycle(products)
         while not over.is_set():
             titles, images = zip(*itertools.islice(drawn, BULK_ROWS), strict=True)
-            encoder.encode_products(titles, images, timeout_s=120)
-            for _ in titles:
+            encoded = encoder.encode_products(titles, images, timeout_s=120)
+            for row in range(len(titles)):
+                encoded.vector(row)
                 next(pushed)
 
     bulk = Settings(triton=server.grpc_address, traffic=Lane.BULK)
     with Encoder(bulk) as encoder, ThreadPoolExecutor(BULK_IN_FLIGHT) as pool:
-        for _ in range(BULK_IN_FLIGHT):
-            pool.submit(push)
+        pushes = [pool.submit(push) for _ in range(BULK_IN_FLIGHT)]
         time.sleep(1)
         try:
             yield lambda: next(pushed)
         finally:
             over.set()
+        for each in pushes:
+            each.result()
+
+
+def offer_past(address: str, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Calls:
+    """What one process offers; it warms up at a rate that can be carried."""
+    with ExitStack() as connected:
+        settings = Settings(triton=address)
+        encoders = [connected.enter_context(Encoder(settings)) for _ in range(CLIENTS)]
+        offer(encoders, texts, rate * STEADY / OFFERED, 1.0)
+        return offer(encoders, texts, rate, seconds, seed=seed)
 
 
 def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, object]:
     """Three times what it can carry."""
     rates = [capacity(server, texts, 2.0)]
-    with Encoder(Settings(triton=server.grpc_address)) as encoder:
-        offer(encoder, texts, rates[0] * STEADY, 1.0)
-        calls = offer(encoder, texts, rates[0] * OFFERED, seconds)
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        list(pool.map(time.sleep, [1.0] * PROCESSES))  # all are there
+        offered = partial(
+            offer_past, server.grpc_address, texts, rates[0] * OFFERED / PROCESSES, seconds
+        )
+        calls = Calls.sum(pool.map(offered, range(PROCESSES)))
     rates.append(capacity(server, texts, 2.0))
     show("overload", calls)
-    good = len(calls.seconds.get(ANSWERED, []))
-    hanging = sum(took > DEADLINE_S + SLACK_S for took in calls.all)
+    counts = calls.counts
     return {
         "trials": len(calls.all),
-        "goodput": round(good / seconds / statistics.mean(rates), 3),
-        "outcomes": calls.counts,
-        "hanging": hanging,
-        "refused_p99_ms": round(calls.percentile_ms(99, "ServerBusy"), 1),
+        "goodput": round(counts.get(ANSWERED, 0) / seconds / statistics.mean(rates), 3),
+        "outcomes": counts,
+        "unanswered": sum(n for outcome, n in counts.items() if outcome not in (ANSWERED, REFUSED)),
+        "hanging": sum(took > DEADLINE_S + SLACK_S for took in calls.all),
+        "refused_p99_ms": round(calls.percentile_ms(99, REFUSED), 1),
         "lateness_ms": round(calls.lateness_s * 1e3, 1),
     }
 
@@ -191,12 +228,16 @@ def stalls(server: Server, texts: Sequence[str], count: int) -> dict[str, object
         rate = capacity(server, texts, 1.0) * STEADY
         found = [
             bursts(encoder, texts, count // 2),
-            offer(encoder, texts, rate, count / 2 / rate, PATIENT_S),
+            offer([encoder], texts, rate, count / 2 / rate, PATIENT_S),
         ]
     for name, calls in zip(("bursts", "steady"), found, strict=True):
         show(name, calls)
-    took = [s for calls in found for s in calls.all]
-    return {"trials": len(took), "stalled": sum(s > STALL_S for s in took)}
+    took = Calls.sum(found)
+    return {
+        "trials": len(took.all),
+        "failed": took.failed,
+        "stalled": sum(s > STALL_S for s in took.all),
+    }
 
 
 def beside_bulk(
@@ -210,17 +251,16 @@ def beside_bulk(
     alone, beside, pushed = [], [], 0
     with Encoder(Settings(triton=server.grpc_address)) as encoder:
         for seed in range(3):
-            alone.append(offer(encoder, texts, rate, seconds / 3, PATIENT_S, seed))
+            alone.append(offer([encoder], texts, rate, seconds / 3, PATIENT_S, seed))
             with pushing(server, products) as count:
-                beside.append(offer(encoder, texts, rate, seconds / 3, PATIENT_S, seed))
+                beside.append(offer([encoder], texts, rate, seconds / 3, PATIENT_S, seed))
                 pushed += count()
     for name, found in (("search alone", alone), ("search beside a push", beside)):
         show(name, *found)
     p99 = [statistics.median(calls.percentile_ms(99) for calls in f) for f in (alone, beside)]
-    failed = sum(len(c.all) - len(c.seconds.get(ANSWERED, [])) for c in alone + beside)
     return {
         "trials": sum(len(calls.all) for calls in beside),
-        "failed": failed,
+        "failed": Calls.sum(alone + beside).failed,
         "p99_ratio": round(p99[1] / p99[0], 2),
         "pushed": pushed,
     }

@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from benchmarks.overload import PATIENT_S, capacity, offer
+from benchmarks.overload import ANSWERED, PATIENT_S, capacity, offer
 from deploy.server import Server, triton
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
@@ -55,7 +55,7 @@ def soak(
     with triton(release, log=log) as server, Encoder(settings_of(server)) as encoder:
         rate = LOAD * capacity(server, texts, 2.0)
         with watching(server) as samples:
-            calls = offer(encoder, texts, rate, seconds, PATIENT_S)
+            calls = offer([encoder], texts, rate, seconds, PATIENT_S)
     rows = np.array([sample for sample in samples if sample[0] >= warm_s])
     growth = {
         name: growth_of(rows[:, 0], rows[:, 1 + at])
@@ -63,7 +63,8 @@ def soak(
     }
     return {
         "seconds": seconds,
-        "calls": len(calls.all),
+        "trials": len(calls.all),
+        "answered": calls.counts.get(ANSWERED, 0),
         "outcomes": calls.counts,
         "grew": [name for name, line in growth.items() if line.found],
         "per_hour": {name: round(line.per_hour, 1) for name, line in growth.items()},
