@@ -23,21 +23,13 @@ def csv_records(
     would be one cell.
     """
     rows = _rows(path, file)
-    header, _ = next(rows, ([], True))
-    return header, (_record(header, *row) for row in rows)
+    header = next(rows, [])
+    return header, (_record(header, values) for values in rows)
 
 
-def _rows(path: Path, file: IO[str]) -> Iterator[tuple[list[str], bool]]:
-    """The values of every row, and whether its line has an end."""
-    has_end = True
-
-    def lines() -> Iterator[str]:
-        nonlocal has_end
-        for line in file:
-            has_end = line.endswith(("\n", "\r"))
-            yield line
-
-    reader = csv.reader(lines(), strict=True)
+def _rows(path: Path, file: IO[str]) -> Iterator[list[str]]:
+    """The values of every row that has any."""
+    reader = csv.reader(file, strict=True)
     while True:
         begin = reader.line_num + 1
         try:
@@ -50,24 +42,15 @@ def _rows(path: Path, file: IO[str]) -> Iterator[tuple[list[str], bool]]:
                 f"({exc}); close its quote, or write one that is meant twice, in a quoted cell"
             ) from exc
         if values:
-            yield values, has_end
+            yield values
 
 
-def _record(
-    header: Sequence[str], values: Sequence[str], has_end: bool
-) -> dict[str, str] | ItemError:
+def _record(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | ItemError:
     """What may be shifted or cut is refused; and its id not believed."""
-    said = ",".join(values)
     if len(values) != len(header):
         return ItemError(
             Reason.BAD_ATTRIBUTES,
-            f"expected {len(header)} values, as the header has, got {len(values)}: {said[:SHOWN]}; "
-            "quote commas, and leave cells empty, not out",
-        )
-    if not has_end:
-        return ItemError(
-            Reason.BAD_ATTRIBUTES,
-            f"expected a line break at the end of the file, got {said[-SHOWN:]}: was it cut short? "
-            "if it is whole, end its last line",
+            f"expected {len(header)} values, as the header has, got {len(values)}: "
+            f"{','.join(values)[:SHOWN]}; quote commas, and leave cells empty, not out",
         )
     return dict(zip(header, values, strict=True))
