@@ -62,6 +62,12 @@ LOADS = 4
 """Attempts to load: Milvus Lite may still be writing the file of an index that it reads."""
 
 
+def check_limit(limit: int) -> None:
+    """ContractError for what no Milvus gives."""
+    if not 1 <= limit <= MAX_RESULTS:
+        raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {limit}")
+
+
 class Consistency(StrEnum):
     """Which writes a search must have seen. On Milvus Lite it always has seen all."""
 
@@ -88,8 +94,7 @@ class Ask:
     consistency: Consistency = Consistency.ANY
 
     def __post_init__(self) -> None:
-        if not 1 <= self.limit <= MAX_RESULTS:
-            raise ContractError(f"limit: expected 1 to {MAX_RESULTS}, got {self.limit}")
+        check_limit(self.limit)
 
     @property
     def at_once(self) -> int:

@@ -81,19 +81,19 @@ class Finder:
         depth = options.end + 1 + any(query.like for query in queries)
         if options.group_by:
             depth = FIRST_LOOK * options.end
-        hits: dict[int, Hits] = {}
-        left = list(range(len(queries)))
-        while left:
+        pages: list[Hits] = [Hits([], End.ALL)] * len(queries)
+        rows: Sequence[int] = range(len(queries))
+        while rows:
             depth = min(depth, deepest)
-            found = self._look([queries[row] for row in left], vectors[left], depth, deadline)
-            hits |= {row: self._page(each) for row, each in zip(left, found, strict=True)}
-            if depth == deepest or options.routes:
+            found = self._look(queries, vectors, depth, deadline)
+            for row, each in zip(rows, found, strict=True):
+                pages[row] = self._page(each)
+            left = [at for at, each in enumerate(found) if not each.settles(options.end)]
+            if not left or depth == deepest or options.routes:
                 break
-            left = [
-                row for row, each in zip(left, found, strict=True) if not each.settles(options.end)
-            ]
-            depth *= FURTHER_LOOK
-        return [hits[row] for row in range(len(queries))]
+            rows, queries = [rows[at] for at in left], [queries[at] for at in left]
+            vectors, depth = vectors[left], depth * FURTHER_LOOK
+        return pages
 
     def _look(
         self, queries: Sequence[Query], vectors: Array, depth: int, deadline: Deadline

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypedDict
 
-from retrieval_client.collection import MAX_RESULTS, Ask, Consistency
+from retrieval_client.collection import MAX_RESULTS, Ask, Consistency, check_limit
 from retrieval_client.hybrid import Hybrid
 from retrieval_client.records import ATTRIBUTES, TITLE, Hit
 from retrieval_client.where import Where
@@ -66,7 +66,8 @@ class Options:
                 f"offset + limit: expected at most {self.routes.depth} in a hybrid search, got "
                 f"{self.end}; give Hybrid a larger `depth`, for all pages the same"
             )
-        self.ask(self.limit)
+        check_limit(self.limit)
+        _ = self.condition  # raises what it raises
         if not 0 <= self.offset <= MAX_RESULTS - self.limit:
             raise ContractError(
                 f"offset: expected 0 to {MAX_RESULTS - self.limit} with a limit of {self.limit}, "

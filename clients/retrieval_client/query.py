@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum, auto
+from enum import Enum, auto
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Query:
         return of_text | {part: rest / len(others) for part in others}
 
 
-class Part(IntEnum):
-    """What a query may be made of; by number, for each search looks it up a dozen times."""
+class Part(Enum):
+    """What a query may be made of."""
 
     TEXT = auto()
     IMAGE = auto()
@@ -75,10 +75,13 @@ def encode(
 
     Raises ReleaseMismatch when the server is of another release by now.
     """
+    if not any(query.image or query.like for query in queries):
+        texts = [query.text for query in queries]
+        return _of(collection, encoder, encoder.encode_queries(texts, timeout_s=deadline.left_s))
     weights = [query.weights for query in queries]
     rows = {part: [row for row, w in enumerate(weights) if part in w] for part in Part}
     found: dict[Part, Encoded] = {}
-    if rows[Part.TEXT] or not queries:
+    if rows[Part.TEXT]:
         texts = [queries[row].text for row in rows[Part.TEXT]]
         found[Part.TEXT] = encoder.encode_queries(texts, timeout_s=deadline.left_s)
     if rows[Part.IMAGE]:
@@ -90,14 +93,18 @@ def encode(
         ids = [queries[row].like for row in rows[Part.LIKE]]
         found[Part.LIKE] = stored(ids, collection, consistency, deadline)
     for encoded in found.values():
-        if encoded.served.release_id != collection.info.release_id:
-            raise ReleaseMismatch(
-                f"Triton at {encoder.address}: expected release {collection.info.release_id}, it "
-                f"serves {encoded.served.release_id} by now"
-            )
-    if len(rows[Part.TEXT]) == len(queries) and len(found) == 1:
-        return found[Part.TEXT]
+        _of(collection, encoder, encoded)
     return _sum(weights, rows, found)
+
+
+def _of(collection: Collection, encoder: Encoder, encoded: Encoded) -> Encoded:
+    """What was encoded, if it is of the collection's release."""
+    if encoded.served.release_id != collection.info.release_id:
+        raise ReleaseMismatch(
+            f"Triton at {encoder.address}: expected release {collection.info.release_id}, it "
+            f"serves {encoded.served.release_id} by now"
+        )
+    return encoded
 
 
 def stored(

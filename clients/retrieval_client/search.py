@@ -173,7 +173,10 @@ class ProductSearch:
         found: list[Hits | ItemError] = [error or Hits([], End.ALL) for error in encoded.errors]
         if good:
             find = Finder(collection, partial(self.searches, collection), options)
-            hits = find([queries[row] for row in good], encoded.vectors[good], deadline)
+            vectors = encoded.vectors
+            if len(good) < len(queries):
+                queries, vectors = [queries[row] for row in good], vectors[good]
+            hits = find(queries, vectors, deadline)
             for row, of_row in zip(good, hits, strict=True):
                 found[row] = of_row
         return found
