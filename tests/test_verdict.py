@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 from retrieval_client import Collection, Settings
 from retrieval_client.catalog import Role
+from retrieval_client.commands import release as commands
 from retrieval_client.releases import apart, check_verdict
 from retrieval_client.verdict import PROPERTY, Verdict, state_of
 from retrieval_contract.errors import NotVerified
@@ -53,6 +57,25 @@ def test_what_serves_has_changed_since(shop: Shop, verified: Collection) -> None
     assert apart(shop.collection, verified) == {"missing": 1}
     shop.push(row(at) for at in range(ROWS))
     check_verdict(verified, shop.collection)
+
+
+def test_a_rollback_says_what_it_lacks(
+    shop: Shop,
+    verified: Collection,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Here of the candidate, which stands for what was gone back to."""
+    ours = SimpleNamespace(catalog=shop.catalog, rollback=lambda: verified)
+    monkeypatch.setattr(commands, "releases", lambda settings: nullcontext(ours))
+    verified.delete(["p3", "p4"])
+    assert commands.run_rollback(Namespace(json=True), shop.settings) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["serving"], said["differs"]) == (verified.info.release_id, {"missing": 2})
+    assert commands.run_rollback(Namespace(json=False), shop.settings) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"release {verified.info.release_id} serves;" in first
+    assert second == "of what served before, 2 missing: push the source again"
 
 
 def test_the_candidate_has_changed_since(shop: Shop, verified: Collection) -> None:

@@ -167,20 +167,21 @@ def run_rollback(args: argparse.Namespace, settings: Settings) -> int:
     with releases(settings) as ours:
         before = ours.catalog.serving(max_age_s=0.0)
         now = ours.rollback()
-        return _serves(args, now, apart(now, before))
-
-
-def _serves(
-    args: argparse.Namespace, collection: Collection, differs: Mapping[str, int] | None = None
-) -> int:
-    """`differs`: its rows from those of what served before, by kind."""
-    info = collection.info
-    text = f"release {info.release_id} serves; searches everywhere see it within seconds"
+        if not args.json:  # at once: to compare takes its time
+            _serves(args, now)
+        differs = apart(now, before)
+    if args.json:
+        return _serves(args, now, differs=differs)
     if differs:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(differs.items()))
-        text += f"; of what served before, rows are {counts} in it: push the source again"
-    said = {"serving": info.release_id, "collection": info.name}
-    return _say(args, said | ({"differs": dict(differs)} if differs is not None else {}), text)
+        console.print(f"of what served before, {counts}: push the source again", highlight=False)
+    return 0
+
+
+def _serves(args: argparse.Namespace, collection: Collection, **more: Mapping[str, int]) -> int:
+    info = collection.info
+    text = f"release {info.release_id} serves; searches everywhere see it within seconds"
+    return _say(args, {"serving": info.release_id, "collection": info.name} | more, text)
 
 
 def run_abort(args: argparse.Namespace, settings: Settings) -> int:
