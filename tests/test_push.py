@@ -120,7 +120,7 @@ def test_sync_spares_rows_that_may_be_those_that_cannot_be_read(shop: Shop) -> N
     [
         ('p8,product 8\np9,"product 9\n', SourceError),
         ("p8,product 8\np9\n", TooMuchToDelete),
-        ("p8,product 8\np9,prod", TooMuchToDelete),
+        ("p8,product 8\np", TooMuchToDelete),
     ],
 )
 def test_sync_believes_no_csv_that_is_spoiled(
