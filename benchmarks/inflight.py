@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import grpc
@@ -92,9 +93,14 @@ def keep_in_flight(
 
 
 def keep_calling(
-    server: Server, rows: Iterator[tuple[bytes, ...]], callers: int, seconds: float
+    server: Server,
+    rows: Iterator[tuple[bytes, ...]],
+    callers: int,
+    seconds: float,
+    clients: int = 1,
 ) -> Answered:
-    """So many threads that ask one Encoder for one text at a time, after a short warm-up."""
+    """So many threads that share so many Encoders and ask for one text at a time, after a short
+    warm-up."""
     came: list[tuple[float, float]] = []
     failures: list[RetrievalError] = []
     counts: list[int] = []
@@ -118,8 +124,13 @@ def keep_calling(
         came.extend(took)
         counts.append(count)
 
-    with Encoder(Settings(triton=server.grpc_address)) as encoder:
-        threads = [threading.Thread(target=call, args=(encoder,)) for _ in range(callers)]
+    with ExitStack() as connected:
+        settings = Settings(triton=server.grpc_address)
+        encoders = [connected.enter_context(Encoder(settings)) for _ in range(clients)]
+        threads = [
+            threading.Thread(target=call, args=(encoder,))
+            for encoder in itertools.islice(itertools.cycle(encoders), callers)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

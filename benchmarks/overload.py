@@ -3,9 +3,9 @@
 Three questions, asked through the client library as applications use it, latencies counted from
 when a call was due:
 
-* overload: callers come at three times the rate that the server can answer, from several processes
-  and clients. How many are answered in their time, against that rate; is everybody else refused,
-  and how soon? Who only finds his time over was neither.
+* overload: callers of several clients come at three times the rate that the server can answer. How
+  many are answered in their time, against that rate; is everybody else refused, and how soon? Who
+  only finds his time over was neither.
 * stalls: bursts and steady load. How many calls take longer than STALL_S?
 * bulk: searches at a steady rate, alone and while a push saturates the server. Their p99?
 
@@ -22,11 +22,10 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +56,8 @@ STEADY = 0.5
 BULK_ROWS, BULK_IN_FLIGHT = 32, 4
 SEARCHES_PER_S = 50.0
 """Beside a push."""
-PROCESSES, CLIENTS = 2, 4
-"""Past the capacity: so many processes with so many clients each, of which none knows what the
-others ask for."""
+CLIENTS = 4
+"""Past the capacity: none of them knows what the others ask for."""
 THREADS, PRODUCTS = 1024, 256
 SLACK_S = 0.05
 """Beyond its deadline, before a call counts as hanging: threads of a busy machine wake late."""
@@ -155,10 +153,10 @@ def bursts(encoder: Encoder, texts: Sequence[str], count: int) -> Calls:
     return calls
 
 
-def capacity(server: Server, texts: Sequence[str], seconds: float) -> float:
+def capacity(server: Server, texts: Sequence[str], seconds: float, clients: int = 1) -> float:
     """Answers a second to callers who wait for each answer."""
     rows = itertools.cycle([(text.encode(),) for text in texts])
-    return keep_calling(server, rows, CALLERS, seconds).rows_per_s
+    return keep_calling(server, rows, CALLERS, seconds, clients).rows_per_s
 
 
 @contextmanager
@@ -190,25 +188,15 @@ def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[C
             each.result()
 
 
-def offer_past(address: str, texts: Sequence[str], rate: float, seconds: float, seed: int) -> Calls:
-    """What one process offers; it warms up at a rate that can be carried."""
-    with ExitStack() as connected:
-        settings = Settings(triton=address)
-        encoders = [connected.enter_context(Encoder(settings)) for _ in range(CLIENTS)]
-        offer(encoders, texts, rate * STEADY / OFFERED, 1.0)
-        return offer(encoders, texts, rate, seconds, seed=seed)
-
-
 def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, object]:
-    """Three times what it can carry."""
-    rates = [capacity(server, texts, 2.0)]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
-        list(pool.map(time.sleep, [1.0] * PROCESSES))  # all are there
-        offered = partial(
-            offer_past, server.grpc_address, texts, rates[0] * OFFERED / PROCESSES, seconds
-        )
-        calls = Calls.sum(pool.map(offered, range(PROCESSES)))
-    rates.append(capacity(server, texts, 2.0))
+    """Three times what it can carry for as many clients."""
+    rates = [capacity(server, texts, 2.0, CLIENTS)]
+    with ExitStack() as connected:
+        settings = Settings(triton=server.grpc_address)
+        encoders = [connected.enter_context(Encoder(settings)) for _ in range(CLIENTS)]
+        offer(encoders, texts, rates[0] * STEADY, 1.0)
+        calls = offer(encoders, texts, rates[0] * OFFERED, seconds)
+    rates.append(capacity(server, texts, 2.0, CLIENTS))
     show("overload", calls)
     counts = calls.counts
     return {
