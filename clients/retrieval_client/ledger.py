@@ -177,9 +177,10 @@ def _ledger(search: Timed, of: Mapping[Ensemble, _Means]) -> dict[str, float]:
             "queue": means.queue_s + took.wait_s,
             "tokenize": means.tokenize_s + took.tokenize_s,
             "tower": means.tower_s + took.tower_s,
-            "steps": means.steps_s,
             "handover": means.handover_s + took.model_s - steps_s,
         }
+        # A mean, and Triton's count may end after the reply has come: no more than there was.
+        server["steps"] = max(0.0, min(means.steps_s, request.call_s - sum(server.values())))
         spent = server | {
             "build": request.build_s,
             "wire": request.call_s - sum(server.values()),
