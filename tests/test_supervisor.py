@@ -340,7 +340,7 @@ def test_one_of_two_copies_that_loops_is_killed(odd: tuple[Settings, list[str]])
     columns = {models.TITLE.name: [b"loop for ever"], models.IMAGE.name: [b""]}
     request = request_from_rows(models.PRODUCT_ENCODER, columns)
     with channel_to(settings) as channel, Encoder(settings) as others:
-        looping = GRPCInferenceServiceStub(channel).ModelInfer.future(request, timeout=30)
+        looping = GRPCInferenceServiceStub(channel).ModelInfer.future(request, timeout=12)
         until_said("product_preprocessor: a process of it had died; loaded", said)
         assert looping.exception()
         assert others.encode_products(["red shoes"], [b""]).errors == [None]
