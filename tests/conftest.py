@@ -31,7 +31,7 @@ from retrieval_contract.graph import why_no_bf16
 from retrieval_contract.release import Release
 from tests.tiny import tiny_make
 from tests.traced import traced
-from towers.checkpoint import SHIPPED, load_make
+from towers.checkpoint import SHIPPED, load_make, save_make
 from towers.make import Make
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +104,14 @@ def release_folder(towers: Make) -> Path:
 def tiny_release() -> Path:
     """A release of a tiny MAKE, for all tests: who changes anything in it takes a copy."""
     return publish(tiny_make(), ROOT / "build" / "test-releases", Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny MAKE, for trainings to start from."""
+    folder = tmp_path_factory.mktemp("start")
+    save_make(tiny_make(), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

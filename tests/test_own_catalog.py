@@ -18,7 +18,7 @@ from retrieval_contract.errors import CheckpointError, SourceError
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.checkpoint import SHIPPED, load_towers, save_make
+from towers.checkpoint import SHIPPED, load_towers
 from towers.evaluate import asked_about, evaluate
 from towers.evaluate import parser as evaluate_parser
 from towers.evaluate import run as run_evaluation
@@ -29,19 +29,10 @@ from towers.learning.trained import new_rows, save_trained_on
 from towers.learning.views import no_image
 from towers.train import parser, query_layers, run
 
-Edit = Callable[[dict[str, list[object]]], object]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_judged_catalog(tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    save_make(tiny_make(), folder)
-    return folder
 
 
 def catalog(folder: Path, count: int, **columns: Callable[[int], object]) -> Path:

@@ -21,7 +21,7 @@ import torch
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.checkpoint import load_towers, save_make
+from towers.checkpoint import load_towers
 from towers.evaluate import evaluate
 from towers.heads import FUSIONS, Heads
 from towers.learning.catalog import read_data
@@ -50,13 +50,6 @@ RECIPE = Recipe(epochs=4, batch=64, head_width=32, vector_dim=16, prototypes=0.5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_judged_catalog(tmp_path_factory.mktemp("judged"))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    save_make(tiny_make(), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
