@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.cores import apart
 from benchmarks.inflight import keep_in_flight
 from benchmarks.ingest import Shelf, push_command
-from benchmarks.limit import PRODUCTS_IN_FLIGHT, on_core, pin, shuffled
+from benchmarks.limit import PRODUCTS_IN_FLIGHT, shuffled
 from benchmarks.stand_in import StandIns
 from deploy.milvus import milvus_server
 from deploy.server import triton
@@ -72,18 +73,14 @@ def push_rate(
 
     The server has one core, the push and its Milvus Lite the other, as in `limit.py`.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise RetrievalError("push_rate: expected two cores, one to serve and one to push; got one")
     good = (row for row in Source(source).rows() if row.problem is None and row.image)
     rows = list(itertools.islice(good, products))
     bare = [(row.title, row.image) for row in rows]
     ratios, rates = [], []
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(on_core(cores[1]))  # before there is any thread of gRPC's
         server = stack.enter_context(triton(release, log=log))
-        pin(server.process.pid, cores[0])
+        stack.enter_context(apart(server.process.pid))
         settings = Settings(
             triton=server.grpc_address, milvus=f"{place}/catalog.db", traffic="bulk"
         )

@@ -14,13 +14,11 @@ single-text requests in flight, which nobody merges; "product": requests of so m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.cores import core_to_serve, on_core, pin
 from benchmarks.inflight import Answered, keep_calling, keep_in_flight
 from benchmarks.program import print_report
 from benchmarks.workload import built_in_queries, queries_from_csv
@@ -37,7 +36,6 @@ from deploy.server import LATEST, Server, triton
 from deploy.stopping import cpu_seconds
 from retrieval_client.sources import Source
 from retrieval_contract import models
-from retrieval_contract.errors import RetrievalError
 from retrieval_contract.graph import OnnxGraph
 from retrieval_contract.preprocess import ProductPreprocessor, TextPreprocessor
 from retrieval_contract.release import Release
@@ -78,26 +76,6 @@ class Round:
     answered: Answered
     client_cpu_s: float
     server_cpu_s: float
-
-
-@contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """This thread alone, for a while; gRPC's stay where they are."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def pin(group: int, core: int) -> None:
-    """Every thread of a process group; what they start later inherits it."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            if os.getpgid(int(process.name)) == group:
-                for thread in (process / "task").iterdir():
-                    os.sched_setaffinity(int(thread.name), {core})
 
 
 def graph_of(release: Path, model: Model, version: int) -> OnnxGraph:
@@ -276,15 +254,6 @@ def asked_of(args: argparse.Namespace) -> tuple[Sequence[str], Path]:
     return queries, args.products or write_rendered_catalog(Path("build/rendered_catalog"))
 
 
-def core_to_serve() -> int:
-    """One of two; this process asks from the other henceforth. RetrievalError for a single one."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise RetrievalError("expected two cores, one for the server and one to ask; got one")
-    os.sched_setaffinity(0, {cores[1]})  # before there is any thread of gRPC's
-    return cores[0]
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.limit", description=__doc__)
@@ -308,7 +277,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         pushed = product_work(args.release, release, source, sizes)
     log_path = Path("build") / "limit.log"
     with log_path.open("w", encoding="utf-8") as log, triton(args.release, log=log) as server:
-        pin(server.process.pid, core)
+        pin(server.process.pid, [core])
         asks: dict[str, tuple[Work, Ask, Sequence[int]]] = {
             "query": (asked, callers(server, args.seconds), args.in_flight or IN_FLIGHT),
             "request": (asked, requests(server, args.seconds), args.in_flight or IN_FLIGHT),

@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cores import apart
 from benchmarks.inflight import keep_calling
 from benchmarks.program import print_report
 from benchmarks.workload import built_in_queries, queries_from_csv
@@ -189,14 +190,16 @@ def pushing(server: Server, products: Sequence[tuple[str, bytes]]) -> Iterator[C
 
 
 def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, object]:
-    """Three times what it can carry for as many clients."""
-    rates = [capacity(server, texts, 2.0, CLIENTS)]
+    """Three times what it can carry for as many clients, which have a core of their own: who asks
+    shall not slow down who answers."""
     with ExitStack() as connected:
+        connected.enter_context(apart(server.process.pid))
+        rates = [capacity(server, texts, 2.0, CLIENTS)]
         settings = Settings(triton=server.grpc_address)
         encoders = [connected.enter_context(Encoder(settings)) for _ in range(CLIENTS)]
         offer(encoders, texts, rates[0] * STEADY, 1.0)
         calls = offer(encoders, texts, rates[0] * OFFERED, seconds)
-    rates.append(capacity(server, texts, 2.0, CLIENTS))
+        rates.append(capacity(server, texts, 2.0, CLIENTS))
     show("overload", calls)
     counts = calls.counts
     return {

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.cores import core_to_serve, pin
 from benchmarks.limit import (
     Ask,
     Row,
@@ -29,8 +30,6 @@ from benchmarks.limit import (
     asked_of,
     batches,
     callers,
-    core_to_serve,
-    pin,
     product_rows,
     query_rows,
     shuffled,
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         log = held.enter_context((Path("build") / "precision.log").open("w", encoding="utf-8"))
         servers = [held.enter_context(triton(folder, log=log)) for folder in args.release]
         for server in servers:
-            pin(server.process.pid, core)
+            pin(server.process.pid, [core])
         asked = [callers(server, args.seconds) for server in servers]
         pushed = [batches(server, args.product_seconds) for server in servers]
         found = {

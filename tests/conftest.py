@@ -35,6 +35,9 @@ from towers.checkpoint import SHIPPED, load_make, save_make
 from towers.make import Make
 
 ROOT = Path(__file__).parent.parent
+TWO_CORES = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="one core: servers and client cannot be kept apart"
+)
 NAMES = (f"t{number:04}" for number in itertools.count())
 """Each is used once: Milvus's server clears what was dropped away in its own time."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from retrieval_contract.models import Target
 from retrieval_contract.preprocess import TextPreprocessor
 from retrieval_contract.probes import Probes
 from retrieval_contract.release import Precision, Release
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TWO_CORES
 from tests.tiny import tiny_make
 
 TOWERS = tiny_make()
@@ -123,9 +122,7 @@ def test_neither_release_takes_the_others_vectors(server: Server, tiny_release: 
 
 
 @here
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="one core: servers and client cannot be kept apart"
-)
+@TWO_CORES
 def test_what_it_is_worth_is_measured(folder: Path, tiny_release: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.precision", str(tiny_release), str(folder)]
     command += ["--rounds", "1", "--seconds", "0.2", "--product-seconds", "0.2"]

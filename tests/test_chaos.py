@@ -22,13 +22,15 @@ from deploy.server import LOOPBACK, choose_ports
 from export.config_from_contract import config_from_text
 from retrieval_client import Settings
 from retrieval_contract.errors import ServerUnavailable
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TWO_CORES
 
 SHORT = {"fuzz": 0.02, "overload": 0.05, "stalls": 0.04, "bulk": 0.1, "soak": 0.01}
 """Of the whole; kills and restarts are in test_supervisor.py and test_replicas.py."""
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[TWO_CORES] * (name == "overload")) for name in SHORT]
+)
 def test_a_short_row(name: str, release_folder: Path, tmp_path: Path) -> None:
     """Counts must be right here as well; rates are judged by the whole run, on a quiet machine."""
     command = [sys.executable, "-m", "benchmarks.chaos", "--release", str(release_folder)]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cores import apart
 from benchmarks.inflight import Answered
 from benchmarks.limit import Row, best_batch, shuffled
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TWO_CORES
 
 
 def test_rates_are_between_the_first_answer_and_the_last() -> None:
@@ -41,9 +42,20 @@ def test_the_best_batch_takes_the_least_time_a_row() -> None:
     assert best_batch(run, [(b"row",)] * 128, (8, 32, 64)) == 32
 
 
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="one core: server and client cannot be kept apart"
-)
+@TWO_CORES
+def test_a_server_is_kept_apart_from_who_asks_for_a_while() -> None:
+    before = os.sched_getaffinity(0)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as server:
+        try:
+            with apart(server.pid):
+                (core,) = os.sched_getaffinity(server.pid)
+                assert os.sched_getaffinity(0) == before - {core}
+            assert os.sched_getaffinity(0) == os.sched_getaffinity(server.pid) == before
+        finally:
+            server.kill()
+
+
+@TWO_CORES
 def test_the_command_measures_queries_and_products(release_folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.limit", "--release", str(release_folder)]
     command += ["--rounds", "1", "--seconds", "0.3", "--product-seconds", "3"]

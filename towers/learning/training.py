@@ -47,9 +47,9 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     temperature: float = 0.05
-    colour_cut: float = 0.3
-    first_word: float = 0.1
-    blank: float = 0.1
+    colour_cut: float = 0.1
+    first_word: float = 0.05
+    blank: float = 0.05
     dropped: float = 0.1
     prototypes: float = 0.5
     general: float = 1.0
