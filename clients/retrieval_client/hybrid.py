@@ -15,7 +15,7 @@ from retrieval_contract.errors import ContractError
 
 VECTOR_ROUTE, WORDS_ROUTE = "vector", "words"
 
-WORDS_WEIGHT = 0.3
+WORDS_WEIGHT = 0.4
 """By SCORES; what the judged queries of four catalogs choose (`python -m benchmarks.hybrid`)."""
 
 
