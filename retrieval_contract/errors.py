@@ -116,6 +116,10 @@ class ServerBusy(ServerUnavailable):
     """The server, or our own queue before it, could not answer in time. Try later, not at once."""
 
 
+class BadCompany(ServerBusy):
+    """Somebody's malformed request failed ours, which the server had merged with it. Try again."""
+
+
 class ServerDraining(ServerUnavailable):
     """The server is stopping: another one may answer, this one will not."""
 

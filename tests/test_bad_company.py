@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,7 @@ import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from deploy.server import Server, triton
+from retrieval_client import Encoder, Settings
 from tests.conftest import photo
 from tests.hostile import SERVED, Wire, prefixed
 from tests.test_bad_wire import CODE, HARMLESS, REFUSED, TOKENS, lie, product, query, tower
@@ -131,6 +133,33 @@ def test_a_lying_length_fails_alone(lied_to: Counter[str]) -> None:
     if set(lied_to) == {"right", "INVALID_ARGUMENT"}:
         raise KnownFault(f"{lied_to['INVALID_ARGUMENT']} good queries were refused")
     assert lied_to == {"right": 64 * 12}
+
+
+def test_our_client_asks_again_what_a_lie_took_with_it(
+    release_folder: Path, tmp_path: Path
+) -> None:
+    """Four clients, and somebody who lies now and then."""
+    told = threading.Event()
+    with doomed_server(release_folder, tmp_path) as (server, wire), ExitStack() as stack:
+
+        def tell() -> None:
+            while not told.wait(0.05):
+                with contextlib.suppress(grpc.RpcError):
+                    wire.infer(query(contents=lie(99)))
+
+        def ask(encoder: Encoder) -> None:
+            for n in range(60):
+                encoder.encode_queries([f"red shoes {n}"]).vector(0)
+
+        settings = Settings(triton=server.grpc_address, timeout_s=10)
+        clients = [stack.enter_context(Encoder(settings)) for _ in range(4)]
+        pool = stack.enter_context(ThreadPoolExecutor(5))
+        liar = pool.submit(tell)
+        try:
+            list(pool.map(ask, clients))
+        finally:
+            told.set()
+        liar.result()
 
 
 @pytest.mark.xfail(

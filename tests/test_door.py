@@ -26,7 +26,9 @@ from retrieval_contract import models
 from retrieval_contract.door import HOLD_S, TRAFFIC, Busy, Door, Lane
 from retrieval_contract.errors import (
     AccessDenied,
+    BadCompany,
     DeadlineExceeded,
+    RequestRefused,
     RetrievalError,
     ServerBusy,
     ServerDraining,
@@ -213,6 +215,7 @@ def test_refusals_are_told_apart() -> None:
             self.code, self.details = lambda: code, lambda: details
 
     unavailable, internal = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
     for code, said, kind in [
         (unavailable, "busy: expected to begin within 1 s", ServerBusy),
         (unavailable, "in ensemble 'query_encoder', busy: expected", ServerBusy),
@@ -222,6 +225,9 @@ def test_refusals_are_told_apart() -> None:
         (unavailable, "This protocol is restricted, expecting header", AccessDenied),
         (internal, "Stub process 'm_0_0' is not healthy.", ServerUnavailable),
         (unavailable, "failed to connect to all addresses", ServerUnavailable),
+        (invalid, "incomplete string data for inference input 'query', expecting", BadCompany),
+        (invalid, "expected 2 strings for inference input 'query', got 1", BadCompany),
+        (invalid, "unexpected shape for input 'query'", RequestRefused),
     ]:
         with pytest.raises(RetrievalError) as caught, triton_errors("here", "that"):
             raise Refused(code, said)

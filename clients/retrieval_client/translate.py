@@ -16,6 +16,7 @@ from retrieval_client.deadline import Deadline
 from retrieval_contract.door import Refusal
 from retrieval_contract.errors import (
     AccessDenied,
+    BadCompany,
     CatalogError,
     CatalogUnavailable,
     CollectionGone,
@@ -38,7 +39,7 @@ TRITON = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestRefused,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestRefused,
 }
-# UNAVAILABLE and INTERNAL of Triton 2.51, which say these things by text alone; the first words of
+# Codes of Triton 2.51 that mean several things, told apart by text alone; the first words of
 # `door.py`'s refusals, which an ensemble puts its name before.
 TEXTS = (
     (re.compile(rf"(^|, ){Refusal.BUSY}: |maximum queue size"), ServerBusy),
@@ -46,9 +47,13 @@ TEXTS = (
     (re.compile("Server is stopping|no available versions"), ServerDraining),
     (re.compile("protocol is restricted"), AccessDenied),
     (re.compile("Stub process .* is not healthy"), ServerUnavailable),
+    # INVALID_ARGUMENT, of lengths that lie: ours do not.
+    (re.compile(r"\bstrings? (.* )?for inference input '"), BadCompany),
 )
 NEXT_STEP = {
     ServerBusy: "try again later, or serve with more",
+    BadCompany: "another client's request was malformed and took this one with it: try again, and "
+    "keep the port among clients that are known",
     ServerDraining: "ask another replica, or wait until it is back",
     AccessDenied: "give the key that the server was started with",
     ServerUnavailable: "start it with `make serve`, or give --triton",
@@ -76,7 +81,7 @@ def triton_errors(address: str, what: str) -> Iterator[None]:
         yield
     except grpc.RpcError as exc:
         kind = TRITON.get(exc.code(), ServerError)
-        if kind in (ServerUnavailable, ServerError):
+        if kind in (ServerUnavailable, ServerError, RequestRefused):
             said = exc.details() or ""
             kind = next((named for text, named in TEXTS if text.search(said)), kind)
         step = f"; {NEXT_STEP[kind]}" if kind in NEXT_STEP else ""
