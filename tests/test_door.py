@@ -234,6 +234,13 @@ def test_refusals_are_told_apart() -> None:
         assert type(caught.value) is kind, said
 
 
+def test_a_request_without_time_is_not_sent(triton: Server) -> None:
+    with Encoder(Settings(triton=triton.grpc_address)) as encoder:
+        encoder.encode_products(["a shirt"], [b""])
+        with pytest.raises(DeadlineExceeded, match=r"expected 0\.005 s and more .* of 0\.004 s"):
+            encoder.encode_products(["a shirt"], [b""], timeout_s=0.004)
+
+
 def test_a_retry_budget_ends_a_storm() -> None:
     budget = RetryBudget()
     assert sum(budget.spend() for _ in range(100)) == MOST
