@@ -45,8 +45,8 @@ UNCACHED = replace(models.QUERY_ENCODER, name=models.QUERY_UNCACHED)
 """The same behind the cache, of a server that has one."""
 
 LEAST_S = 5e-3
-"""With less time a request is not sent. Nothing comes back in it, and Triton 2.51 may die of what
-is cancelled as it arrives (triton-inference-server/server, issues 7368 and 8034)."""
+"""With less time a request is not sent: Triton 2.51 may die of what is cancelled as it arrives
+(triton-inference-server/server, issues 7368 and 8034)."""
 COUNTED_S = 5e-3
 """Between two looks at statistics that lag."""
 
@@ -345,7 +345,7 @@ class Encoder:
             if deadline.left_s < LEAST_S:
                 raise DeadlineExceeded(
                     f"{request.model_name}: expected {LEAST_S:g} s and more for an answer, got "
-                    f"{deadline.left_s:.2g} s that are left of {deadline.seconds:g} s; raise it"
+                    f"{deadline.left_s:.2g} s left of {deadline.seconds:g} s; raise the deadline"
                 )
             request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
             try:
