@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deploy.instance import Instance
 from deploy.own_http import ALIVE, Done
@@ -156,7 +156,7 @@ class Supervisor(threading.Thread):
     def _forget(self) -> None:
         """What was known of the processes that are gone."""
         self.expected = Counter(stub.model for stub in stubs_of(self.instance.process.pid))
-        self._unanswered: dict[str, tuple[float, Done | None]] = {}
+        self._unanswered: dict[str, _Silence] = {}
         self._killed: set[str] = set()
         """Ensembles that have not answered since something of them was killed."""
         self._stuck: set[Stub] = set()
@@ -194,7 +194,8 @@ class Supervisor(threading.Thread):
                 self._reload(model, "a process of it had died")
 
     def _judge(self, ensemble: Ensemble) -> None:
-        """Ask; a model that is silent for long and gets nothing done is killed."""
+        """Ask; a model that is silent for long and gets nothing done is killed. It is asked once
+        more before: what was paused, and we with it, gets on at once when that is over."""
         name = ensemble.name
         try:
             self.http.encode(ensemble, ALIVE[ensemble], ASK_S)
@@ -204,10 +205,14 @@ class Supervisor(threading.Thread):
         except ServerError:
             pass  # too late, or "not healthy" of a process that is there but stands still
         done = self._done(ensemble)
-        since, before = self._unanswered.setdefault(name, (time.monotonic(), done))
-        if done.more_than(before) if done and before else done is not before:
-            self._unanswered[name] = (time.monotonic(), done)
-        elif time.monotonic() - since > self.hung_s and not self._over.is_set():
+        silence = self._unanswered.setdefault(name, _Silence(done))
+        if done.more_than(silence.done) if done and silence.done else done is not silence.done:
+            self._unanswered[name] = _Silence(done)
+        elif time.monotonic() - silence.since > self.hung_s and not self._over.is_set():
+            if not silence.long:
+                silence.long = True
+                self._judge(ensemble)
+                return
             del self._unanswered[name]
             if done is None:
                 raise _Lost("Triton answers nothing, not even what it has done")
@@ -265,6 +270,17 @@ class Supervisor(threading.Thread):
                 "give it more (docker run --shm-size)"
             )
         self._scarce = free < SCARCE
+
+
+@dataclass
+class _Silence:
+    """Of an ensemble."""
+
+    done: Done | None
+    """When it began, or when it last got on."""
+    since: float = field(default_factory=time.monotonic)
+    long: bool = False
+    """And asked once more for that."""
 
 
 def say(line: str) -> None:

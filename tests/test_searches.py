@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from pymilvus.exceptions import MilvusException
 
 from benchmarks.searches import MEANINGS, measured, show, ways
 from deploy.milvus import MilvusServer
@@ -20,6 +21,7 @@ from retrieval_client.deadline import Deadline
 from retrieval_client.finding import Hits
 from retrieval_client.milvus import Milvus
 from retrieval_client.searches import Searches, most_together
+from retrieval_client.translate import milvus_errors
 from retrieval_contract.errors import (
     CatalogError,
     CatalogUnavailable,
@@ -161,6 +163,19 @@ def test_a_search_that_milvus_does_not_finish_in_time_is_told_from_a_milvus_that
         for call in calls:
             with pytest.raises(CatalogUnavailable, match="see that it runs"):
                 call.result()
+
+
+def test_a_search_that_the_server_gave_up_is_late_and_not_broken() -> None:
+    """In a race with pymilvus's own timeout; the words are of Milvus 2.3."""
+
+    def told(deadline: Deadline | None) -> None:
+        with milvus_errors("http://127.0.0.1:1", "search", deadline):
+            raise MilvusException(65535, "[search] Retry timeout: 0.1s, message=context Done")
+
+    with pytest.raises(DeadlineExceeded, match=r"search: no answer within 0\.1 s"):
+        told(Deadline(0.1))
+    with pytest.raises(CatalogError, match="context Done"):
+        told(None)
 
 
 def test_while_the_server_hangs_the_hasty_are_told_and_the_patient_answered(

@@ -69,6 +69,8 @@ MILVUS_UNAVAILABLE |= set(range(901, 906))
 MILVUS_GONE = {100, 1600}
 # Of a server, asked to load what has no index.
 MILVUS_NO_INDEX = 700
+# A server that gave a call up at its end calls that an unexpected error (65535).
+MILVUS_LATE = re.compile(r"\bcontext (Done|canceled|deadline exceeded)")
 MILVUS_GRPC_UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 MILVUS_NEXT_STEP = "see that it runs and that the address and token are right (--milvus)"
 MILVUS_TOKEN_STEP = "give `user:password`, or a key, as RETRIEVAL_MILVUS_TOKEN"
@@ -101,17 +103,23 @@ def milvus_errors(uri: str, what: str, deadline: Deadline | None = None) -> Iter
     except MilvusException as exc:
         if exc.code in MILVUS_GONE:
             raise CollectionGone(f"Milvus at {uri}, {what}: {exc.message}") from exc
+        if deadline and MILVUS_LATE.search(exc.message):
+            raise _late(uri, what, deadline) from exc
         # After repeating a call for its whole timeout, pymilvus gives gRPC's code for its own.
         away = exc.code in MILVUS_UNAVAILABLE | MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.message}", exc.__cause__) from exc
     except grpc.RpcError as exc:
         if deadline and exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise DeadlineExceeded(
-                f"Milvus at {uri}, {what}: no answer within {deadline.seconds} s; "
-                f"{NEXT_STEP[DeadlineExceeded]}"
-            ) from exc
+            raise _late(uri, what, deadline) from exc
         away = exc.code() in MILVUS_GRPC_UNAVAILABLE
         raise _milvus(away, f"Milvus at {uri}, {what}: {exc.details()}") from exc
+
+
+def _late(uri: str, what: str, deadline: Deadline) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"Milvus at {uri}, {what}: no answer within {deadline.seconds} s; "
+        f"{NEXT_STEP[DeadlineExceeded]}"
+    )
 
 
 def _milvus(away: bool, message: str, cause: BaseException | None = None) -> CatalogError:
