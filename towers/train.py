@@ -1,7 +1,7 @@
 """python -m towers.train --data DIR --out CHECKPOINT: MAKE, trained on a catalog's own products.
 
-The encoders stay as they are and are run once; small heads are trained on what they say, then a
-query encoder with fewer layers is taught to say the same. Killed, it goes on where it was. The
+The picture encoder's upper blocks learn the catalog first. Then the encoders are run once; small
+heads are trained on what they say, and a query encoder with fewer layers is taught to say the same. Killed, it goes on where it was. The
 catalog's held-out groups are not trained on (`towers/learning/split.py`).
 """
 
