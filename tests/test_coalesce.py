@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -156,6 +156,39 @@ def test_who_comes_back_to_the_front_does_not_lead_before_the_leader_has_taken(
     assert send.sent[:2] == [[1], [2, 3]]
     assert sorted(send.sent[2]) == list(range(3, 13))
     assert (merged._ahead, merged._under_way) == (0, 0)
+
+
+def test_who_has_no_room_in_his_own_request_lets_another_lead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request that was cut short puts its callers back in front, while the next leader waits for
+    the interpreter; sent in their time, he would wait past his own, and count for two."""
+
+    def send(items: list[str], deadline: Deadline) -> list[str]:
+        time.sleep(min(9 if "hasty" in items else 0.3, deadline.left_s))
+        if deadline.passed:
+            raise DeadlineExceeded("late")
+        return items
+
+    monkeypatch.setattr(Coalescer, "_gather", lambda self, mine: time.sleep(0.15))
+    merged: Coalescer[str, list[str]] = Coalescer(send, 4, refuse=False)
+    with ThreadPoolExecutor(7) as pool:
+
+        def go(item: str, seconds: float) -> Future[list[str]]:
+            try:
+                return pool.submit(merged, [item], Deadline(seconds))
+            finally:
+                time.sleep(0.01)
+
+        first, hasty, cut = go("first", 5), go("hasty", 0.35), go("cut", 3)
+        others = [go(name, 1.2) for name in ("leader", "b", "c")]
+        time.sleep(0.5)  # he has taken, and is appointed again if he waits himself
+        others.append(go("d", 1.2))
+        assert [call.result() for call in others] == [["leader"], ["b"], ["c"], ["d"]]
+        assert (first.result(), cut.result()) == (["first"], ["cut"])
+        with pytest.raises(DeadlineExceeded):
+            hasty.result()
+        assert go("later", 2).result() == ["later"], "nobody is appointed any more"
 
 
 def test_who_could_be_answered_too_late_is_told_before_his_time_is_over() -> None:

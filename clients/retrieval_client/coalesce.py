@@ -171,8 +171,13 @@ class Coalescer(Generic[Item, Results]):
         if self._shared:
             self._gather(mine)
         with self._lock:
-            self._take(batch := mine.batch)
-            self._shared = len(batch) > 1
+            batch = mine.batch
+            if not batch:
+                self._take(batch)
+                self._shared = len(batch) > 1
+            if batch and mine not in batch:
+                self._let_lead(batch[0], mine)
+                return
         if not batch:  # nobody has time enough
             self._hand_on(mine)
             return
@@ -188,6 +193,13 @@ class Coalescer(Generic[Item, Results]):
         except RetrievalError as exc:
             self._fail(batch, exc, out_of_time=isinstance(exc, DeadlineExceeded) or first.passed)
         self._hand_on(mine)
+
+    def _let_lead(self, first: _Call[Item, Results], mine: _Call[Item, Results]) -> None:
+        """Who leads travels along, or others' time would be his: he was turned away, or there is no
+        room left behind those who came back to the front; under the lock."""
+        first.batch, mine.batch = mine.batch, []
+        mine.leads, first.leads = False, True
+        first.turn.release()
 
     def _fail(
         self, batch: list[_Call[Item, Results]], exc: RetrievalError, out_of_time: bool
