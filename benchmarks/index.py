@@ -154,7 +154,7 @@ def main() -> None:
                 of_kind = of_index(collection, tuning, testing, pid)
                 said[f"{name} {kind}"] = {"build_s": seconds, **of_kind}
                 say(f"{name} {kind}", said[f"{name} {kind}"])
-            if name == "server" and best != "FLAT":
+            if name == "server" and "params" in said[f"{name} {best}"] and best != "FLAT":
                 tuned = collection.tuned(said[f"{name} {best}"]["params"])
                 queries = vectors.queries[HALF:]
                 compared = against_faiss(tuned, vectors.stored, queries, args.rounds, args.seconds)

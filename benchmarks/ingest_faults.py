@@ -83,7 +83,7 @@ class Searchers:
             try:
                 self._search(query, timeout_s=DEADLINE_S)
                 outcome = "answered"
-            except RetrievalError as exc:
+            except Exception as exc:  # whatever it is, this caller has no answer
                 outcome = type(exc).__name__
             took = time.monotonic() - start
             with self._lock:
@@ -184,6 +184,7 @@ def outages(
         "wrong": sum(sum(each.wrong.values()) for each in found.values()),
         "hanging": sum(each.hanging for each in found.values()),
         "searches": sum(each.searches for each in found.values()),
+        "answered": sum(each.answered for each in found.values()),
         "gave_up": sum(each.push != "went on" for each in found.values()),
         "outages": {kind: vars(each) for kind, each in found.items()},
     }

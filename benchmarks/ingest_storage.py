@@ -179,6 +179,8 @@ def torn(folder: Path, count: int, found: Storage) -> None:
         else:
             unflushed(place, count)
         harmed, refused = harm(place, pattern), Said()
+        if not harmed:
+            raise RetrievalError(f"{name}: expected files like {pattern} in {place}, got none")
         if pattern != "*wal*/*":
             refused = said("audit", place, count)
         if refused.error:  # as it says: its file is moved away

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import random
 import statistics
@@ -108,6 +109,11 @@ class Calls:
         """Infinite when there was none."""
         found = self.seconds.get(outcome)
         return float(np.percentile(found, percent)) * 1e3 if found else float("inf")
+
+    def mark(self, percent: float, outcome: str) -> float | None:
+        """The same for JSON, in which nothing is infinite: None when there was none."""
+        found = self.percentile_ms(percent, outcome)
+        return round(found, 1) if math.isfinite(found) else None
 
 
 def call(encoder: Encoder, text: str, due: float, deadline_s: float, calls: Calls) -> None:
@@ -208,7 +214,7 @@ def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, 
         "outcomes": counts,
         "unanswered": sum(n for outcome, n in counts.items() if outcome not in (ANSWERED, REFUSED)),
         "hanging": sum(took > DEADLINE_S + SLACK_S for took in calls.all),
-        "refused_p99_ms": round(calls.percentile_ms(99, REFUSED), 1),
+        "refused_p99_ms": calls.mark(99, REFUSED),
         "lateness_ms": round(calls.lateness_s * 1e3, 1),
     }
 
@@ -252,7 +258,7 @@ def beside_bulk(
     return {
         "trials": sum(len(calls.all) for calls in beside),
         "failed": Calls.sum(alone + beside).failed,
-        "p99_ratio": round(p99[1] / p99[0], 2),
+        "p99_ratio": round(p99[1] / p99[0], 2) if all(map(math.isfinite, p99)) else None,
         "pushed": pushed,
     }
 
@@ -285,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--calls", type=int, default=5000, help="in bursts and at a steady rate")
     top.add_argument("--bulk-seconds", type=float, default=30.0)
     top.add_argument(
-        "--bulk-rate", type=float, default=50.0, help="searches a second beside a push"
+        "--bulk-rate", type=float, default=SEARCHES_PER_S, help="searches a second beside a push"
     )
     return top
 
@@ -300,7 +306,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, object]]:
         return {
             "overload": overload(server, texts, args.seconds),
             "stalls": stalls(server, texts, args.calls),
-            "bulk": beside_bulk(server, texts, products, args.bulk_seconds),
+            "bulk": beside_bulk(server, texts, products, args.bulk_seconds, args.bulk_rate),
         }
 
 

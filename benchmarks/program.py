@@ -13,6 +13,6 @@ from retrieval_contract.errors import RetrievalError
 def print_report(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """Run, and print what comes of it as one line of JSON."""
     try:
-        print(json.dumps(run(args)))
+        print(json.dumps(run(args), allow_nan=False))
     except RetrievalError as exc:
         raise SystemExit(f"error: {exc}") from exc

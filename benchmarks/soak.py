@@ -56,6 +56,7 @@ def soak(
         rate = LOAD * capacity(server, texts, 2.0)
         with watching(server) as samples:
             calls = offer([encoder], texts, rate, seconds, PATIENT_S)
+        ended = server.process.poll() is not None
     rows = np.array([sample for sample in samples if sample[0] >= warm_s])
     growth = {
         name: growth_of(rows[:, 0], rows[:, 1 + at])
@@ -65,7 +66,9 @@ def soak(
         "seconds": seconds,
         "trials": len(calls.all),
         "answered": calls.counts.get(ANSWERED, 0),
+        "failed": calls.failed,
         "outcomes": calls.counts,
+        "ended": ended,
         "grew": [name for name, line in growth.items() if line.found],
         "per_hour": {name: round(line.per_hour, 1) for name, line in growth.items()},
         "interval": {name: [round(g.low, 1), round(g.high, 1)] for name, g in growth.items()},
