@@ -32,8 +32,9 @@ COPY towers towers
 COPY deploy deploy
 COPY export export
 COPY model_repository model_repository
-RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
-# Any user may run it: nothing in here is written, and caches go where everyone may write.
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e . && chmod -R a+rX .
+# Any user may run it, whatever the umask of the checkout: nothing in here is written, and caches go
+# where everyone may write.
 ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 1001
 ENTRYPOINT ["python", "-m", "export"]
@@ -71,7 +72,7 @@ COPY deploy deploy
 ENV TRITON_TAG=${TRITON_TAG} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # Fails here, not at the first request, when the image is not what the project was written against.
 RUN python3 -m deploy.versions --tag "${TRITON_TAG}" \
-    && mkdir -p /cache && chown 1001 /cache
+    && chmod -R a+rX . && mkdir -p /cache && chown 1001 /cache
 USER 1001
 VOLUME /cache
 EXPOSE 8000 8001 8002

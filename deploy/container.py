@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.engines.__main__ import add_missing_flag, find_ready
-from deploy.engines.ready import Missing
+from deploy.engines.__main__ import add_missing_flag
+from deploy.engines.ready import Missing, prepared_apart
 from deploy.instance import Instance, kept_flags
 from deploy.own_http import OwnHttp
 from deploy.query_cache import add_cache_flag
@@ -124,7 +124,7 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         raise DeployError(f"{binary}: not found; run this in the image")
     release, target = args.release, Target(args.target)
     if target is Target.GPU:
-        ready = find_ready(release, args.cache, Missing(args.missing))
+        ready = prepared_apart(release, args.cache, Missing(args.missing))
         release, target = ready.release, ready.target
     check_release(release, target)
     key = read_key(args.control_key_file) if args.control_key_file else new_key()
@@ -145,6 +145,7 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         probes,
         sys.stderr,
         READY_S,
+        gpu=target is Target.GPU,
     )
 
 
@@ -153,7 +154,7 @@ def main() -> None:
     args, more = parser().parse_known_args()
     listen()
     try:
-        print(check_versions(args.tag), file=sys.stderr)
+        print(check_versions(args.tag, args.target == Target.GPU), file=sys.stderr)
         sys.stderr.flush()
         raise SystemExit(keep(instance_of(args, more), args.hung_s))
     except Stopped as exc:  # before there was a server
@@ -162,7 +163,8 @@ def main() -> None:
         raise SystemExit(f"error: {exc}") from exc
     except OSError as exc:  # no Triton here, or a cache that cannot be written
         raise SystemExit(
-            f"error: {exc}; run this in the image, with --cache where user {os.getuid()} may write"
+            f"error: {exc}; run this in the image, with a release that user {os.getuid()} may read "
+            "and a --cache where he may write"
         ) from exc
 
 

@@ -55,6 +55,8 @@ class Instance:
     probes: Probes
     log: IO[str]
     ready_s: float = READY_S
+    gpu: bool = False
+    """Whether it needs one: then what CUDA complains of is no noise."""
     scarred: bool = field(default=False, init=False)
     """A model of the present process was loaded again."""
     words: LastWords = field(init=False)
@@ -89,7 +91,7 @@ class Instance:
                 errors="replace",
                 start_new_session=True,
             )
-            self.words = LastWords(self._process, self.log)
+            self.words = LastWords(self._process, self.log, gpu=self.gpu)
             self.scarred = False
         self._wait_ready()
 

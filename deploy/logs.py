@@ -14,6 +14,7 @@ HARMLESS = re.compile(
     r"CudaDriverHelper|unable to create stream|libcuda\.so|CUDA driver|"
     r"no CUDA-capable|Unable to allocate pinned|pinned memory pool"
 )
+NOTHING = re.compile(r"(?!)")
 
 # The lines that say why a start failed, out of the tables around them.
 TELLING = re.compile(r"^E\d{4}|^error|UNAVAILABLE")
@@ -23,9 +24,16 @@ class LastWords:
     """Passes the server's log on, without the noise, and keeps its end for error messages."""
 
     def __init__(
-        self, process: subprocess.Popen[str], log: IO[str], telling: re.Pattern[str] = TELLING
+        self,
+        process: subprocess.Popen[str],
+        log: IO[str],
+        telling: re.Pattern[str] = TELLING,
+        *,
+        gpu: bool = False,
     ) -> None:
+        """`gpu`: the server needs one, so that nothing is noise."""
         self._tells = telling.search
+        self._noise = NOTHING if gpu else HARMLESS
         self._telling: deque[str] = deque(maxlen=20)
         self._raw: deque[str] = deque(maxlen=20)
         self._pump = threading.Thread(target=self._run, args=(process, log), daemon=True)
@@ -35,7 +43,7 @@ class LastWords:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                if HARMLESS.search(line):
+                if self._noise.search(line):
                     continue
                 self._raw.append(line)
                 if self._tells(line):

@@ -127,14 +127,15 @@ class Supervisor(threading.Thread):
         """Raises DeployError when that has been tried often enough."""
         code = self.instance.process.wait()
         self.say(f"Triton is gone ({_ended_by(code)}); its last words stand above")
+        failed = 0
         while True:
             now = time.monotonic()
             self._starts = [at for at in self._starts if now - at < self.restarts.within_s]
-            if len(self._starts) >= self.restarts.most:
+            tries = max(len(self._starts), failed)  # a start that fails may take minutes
+            if tries >= self.restarts.most:
                 raise DeployError(
-                    f"Triton: started again {len(self._starts)} times in "
-                    f"{self.restarts.within_s:.0f} s, and gone again; given up. Its last words:\n"
-                    f"{self.instance.words.read()}"
+                    f"Triton: started again {tries} times, and gone again; given up. Its last "
+                    f"words:\n{self.instance.words.read()}"
                 )
             if self._over.wait(self.restarts.pause_after(len(self._starts))):
                 return
@@ -145,8 +146,9 @@ class Supervisor(threading.Thread):
             except ReleaseMismatch:
                 self.instance.kill()  # who gives other vectors must not go on answering
                 raise
-            except DeployError as exc:
+            except (DeployError, OSError) as exc:  # of the latter: no memory to start a process
                 self.say(f"Triton cannot be started again yet: {exc}")
+                failed += 1
                 continue
             self._forget()
             took = time.monotonic() - self._starts[-1]

@@ -162,14 +162,20 @@ def bindings_version() -> str:
     return ""
 
 
-def check_versions(tag: str) -> str:
-    """The verdict to read; DeployError with it where something differs."""
+def check_versions(tag: str, gpu: bool = True) -> str:
+    """The verdict to read; DeployError with it where something differs, of the driver only where
+    `gpu` is to be used."""
     findings = verdict(tag, look(), bindings_version(), TRITON_HOME.is_dir())
     text = "\n".join([f"Triton image {tag}", *map(str, findings)])
-    if not all(finding.ok for finding in findings):
+    differing = {finding.part for finding in findings if not finding.ok}
+    if differing - set(UNSEEN):
         raise DeployError(
             f"{text}\nuse the image of the table, or see that the tests pass with this one and "
             "change deploy/versions.py (TensorRT's bindings: --build-arg TENSORRT_VERSION=...)"
+        )
+    if differing and gpu:
+        raise DeployError(
+            f"{text}\nupdate the GPU's driver, or serve on the processor: --target cpu"
         )
     return text
 

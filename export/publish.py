@@ -333,10 +333,11 @@ def code_fingerprint(root: Path = ROOT) -> str:
 
 
 def make_read_only(folder: Path) -> None:
-    """Nobody edits a release: other content is another release, other code replaces it whole."""
+    """Nobody edits a release: other content is another release, other code replaces it whole.
+    Everybody may read it, whatever the umask: a container's user is another one."""
+    folder.chmod(0o755)
     for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o444)
+        path.chmod(0o755 if path.is_dir() else 0o444)
 
 
 def _is_built(home: Path) -> bool:

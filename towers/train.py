@@ -1,8 +1,9 @@
 """python -m towers.train --data DIR --out CHECKPOINT: MAKE, trained on a catalog's own products.
 
 The picture encoder's upper blocks learn the catalog first. Then the encoders are run once; small
-heads are trained on what they say, and a query encoder with fewer layers is taught to say the same. Killed, it goes on where it was. The
-catalog's held-out groups are not trained on (`towers/learning/split.py`).
+heads are trained on what they say, and a query encoder with fewer layers is taught to say the
+same. Killed, it goes on where it was. The catalog's held-out groups are not trained on
+(`towers/learning/split.py`).
 """
 
 from __future__ import annotations

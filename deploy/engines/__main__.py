@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def run_check(args: argparse.Namespace) -> dict[str, object]:
 
 
 def run_prepare(args: argparse.Namespace) -> dict[str, object]:
-    """What to serve."""
+    """What to serve. Ctrl-C ends it at once: TensorRT swallows an exception in its callbacks."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     return dict(find_ready(args.release, args.cache, Missing(args.missing)).as_json())
 
 

@@ -78,13 +78,14 @@ class Runtime:
 
 def find_runtime(names: Sequence[str] = RUNTIMES) -> Runtime:
     """The first that can be imported; EngineError where there is none."""
+    said = []
     for name in names:
         try:
             return Runtime(importlib.import_module(name))
-        except ImportError:
-            continue
+        except ImportError as exc:
+            said.append(str(exc))
     raise EngineError(
-        f"expected one of the Python modules {list(names)}, found none; "
+        f"expected one of the Python modules {list(names)}, got none ({'; '.join(said)}); "
         "`make setup` installs tensorrt_rtx, the serve image tensorrt's bindings"
     )
 

@@ -7,6 +7,7 @@ a cache (`cache.py`). The release itself is mounted read-only; an overlay of lin
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -98,11 +99,12 @@ def prepare(
     """
     facts = Release.load(release).for_target(Target.GPU)
     if runtime is None or gpu is None:
-        what = "GPU (nvidia-smi names none)" if gpu is None else "TensorRT (no Python module)"
+        what = "GPU (nvidia-smi names none)" if gpu is None else "TensorRT (see above)"
+        remedy = "give the container its GPU" if gpu is None else "use the serve image"
         if missing is not Missing.CPU:
             raise EngineError(
-                f"expected a {what} to make engines for release {facts.release_id}; give the "
-                "container its GPU, or serve on the processor: --missing cpu"
+                f"expected a {what} to make engines for release {facts.release_id}; {remedy}, or "
+                "serve on the processor: --missing cpu"
             )
         return Ready(release, Target.CPU, f"no {what}")
     writable(cache, "--cache")
@@ -196,7 +198,33 @@ def overlay(release: Path, facts: Release, plans: Mapping[str, Path], cache: Pat
 
 
 def build_beside(release: Path, cache: Path) -> subprocess.Popen[bytes]:
-    """Build in a process of its own, which outlives a caller that becomes the server."""
-    command = [sys.executable, "-m", "deploy.engines", "prepare", "--missing", "wait"]
-    command += ["--release", str(release), "--cache", str(cache)]
+    """Build in a process of its own, which outlives its caller."""
+    command = _prepare_command(release, cache, Missing.WAIT)
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def prepared_apart(release: Path, cache: Path, missing: Missing) -> Ready:
+    """As `prepare` for the GPU at hand, in a process that ends: TensorRT swallows what a signal
+    raises while it builds, and its process keeps a context on the GPU.
+
+    Raises EngineError when it fails; why stands in the log. Interrupted, it takes the build along.
+    """
+    command = _prepare_command(release, cache, missing)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            said, _ = child.communicate()
+        except BaseException:
+            child.terminate()
+            raise
+    if child.returncode:
+        raise EngineError(
+            f"release {release}: expected engines to serve, or none needed; got exit code "
+            f"{child.returncode} of `{' '.join(command)}`; why stands above"
+        )
+    found = json.loads(said.splitlines()[-1])
+    return Ready(Path(found["release"]), Target(found["target"]), found["why"])
+
+
+def _prepare_command(release: Path, cache: Path, missing: Missing) -> list[str]:
+    command = [sys.executable, "-m", "deploy.engines", "prepare", f"--missing={missing}"]
+    return [*command, f"--release={release}", f"--cache={cache}"]
