@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,16 @@ ROOT = Path(__file__).parent.parent
 TWO_CORES = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="one core: servers and client cannot be kept apart"
 )
+UNSHARE = ["unshare", *(["--map-root-user"] if os.geteuid() else [])]
+
+
+def can_unshare(*flags: str) -> bool:
+    """Whether this user may have namespaces of his own."""
+    if not shutil.which("unshare"):
+        return False
+    return subprocess.run([*UNSHARE, *flags, "true"], capture_output=True).returncode == 0
+
+
 NAMES = (f"t{number:04}" for number in itertools.count())
 """Each is used once: Milvus's server clears what was dropped away in its own time."""
 
@@ -62,6 +73,11 @@ def left_out() -> Iterator[tuple[str, str, str]]:
         namespace()
     except DeployError as exc:
         yield "the Milvus server", str(exc), "allow that, and run the tests again"
+    if not can_unshare("--mount", "--pid", "--fork"):
+        what = "process 1 of the image, full shared memory, full and read-only disks"
+        yield what, "no namespaces for this user", "allow that, and run the tests again"
+    if TWO_CORES.args[0]:
+        yield "overload, limit and rates", "one core", "run the tests where there are two"
     if not REAL_CATALOG.is_dir():
         place = os.path.relpath(REAL_CATALOG, ROOT)
         yield "the real product catalog", f"{place} is not there", "put it there"

@@ -20,6 +20,7 @@ from retrieval_contract.errors import (
     ContractError,
     DeadlineExceeded,
     ItemError,
+    RetrievalError,
     ServerUnavailable,
 )
 from retrieval_contract.release import Release
@@ -135,6 +136,31 @@ def test_who_is_cancelled_leaves_no_trace(filled: Settings) -> None:
             return search.search.encoder.statistics().requests["query_encoder"] - before
 
     assert asyncio.run(ask()) <= 1, "those who waited for a thread were never asked for"
+
+
+def test_who_still_awaits_when_it_is_closed_gets_an_error(filled: Settings) -> None:
+    """And is not cancelled: nobody did that to his task."""
+
+    async def ask() -> list[object]:
+        async with AsyncProductSearch(filled, threads=1) as search:
+            over = threading.Event()
+            search._threads.submit(over.wait, 30)
+            waiting = asyncio.create_task(search("red mug"))
+            await asyncio.sleep(0.05)
+            search.close()
+            over.set()
+            return await asyncio.gather(waiting, search("red mug"), return_exceptions=True)
+
+    for error in asyncio.run(ask()):
+        assert type(error) is RetrievalError
+        assert "closed" in str(error)
+
+
+def test_a_time_that_is_no_number_is_refused_and_an_endless_one_ends(filled: Settings) -> None:
+    with ProductSearch(filled) as search:
+        with pytest.raises(ContractError, match="timeout_s"):
+            search("red mug", timeout_s=float("nan"))
+        assert search("red mug", limit=1, timeout_s=float("inf"))
 
 
 def test_a_server_that_is_away_is_said(tmp_path: Path, filled: Settings) -> None:

@@ -16,8 +16,10 @@ from retrieval_client import Catalog, Collection, Encoders, ProductRow, Settings
 from retrieval_client.__main__ import main
 from retrieval_client.audit import KINDS, ROTTEN, Audit, Found
 from retrieval_client.collection import Ask, Consistency
+from retrieval_client.deadline import Deadline
 from retrieval_client.picture import draw_results
 from retrieval_client.push import Push
+from retrieval_client.query import stored
 from retrieval_client.records import stored_from_row
 from retrieval_client.rows import candidate_from_row
 from retrieval_client.sources import SourceRow
@@ -233,12 +235,12 @@ def retrieval(capsys, settings: Settings, *args: object) -> tuple[int, str, str]
 def test_the_command_says_what_is_wrong_and_changes_nothing(
     settings: Settings, tmp_path: Path, capsys
 ) -> None:
-    (tmp_path / "source.csv").write_text("id,title\np0,red dress number 0\np5,a mug\n")
+    (tmp_path / "source.csv").write_text("id,title\np0,red dress number 0\n[/b]p5,a mug\n")
     with Encoders(settings) as encoders, Catalog(settings) as catalog:
         Push(settings, encoders, catalog).run(source(3))
         code, said, err = retrieval(capsys, settings, "audit", tmp_path / "source.csv")
         assert code == 3
-        for words in ("in the source, not stored", "stored, not in the source", "p5", "p1, p2"):
+        for words in ("in the source, not stored", "stored, not in the source", "[/b]p5", "p1, p2"):
             assert words in said
         assert "--repair" in err
         assert catalog.serving().count() == 3
@@ -248,3 +250,17 @@ def test_a_repair_needs_a_source_that_can_be_read_twice(settings: Settings, caps
     code, _, err = retrieval(capsys, settings, "audit", "-", "--repair")
     assert code == 1
     assert "reads the source twice" in err
+
+
+def test_a_damaged_vector_costs_only_who_asks_for_its_like(
+    filled: tuple[Catalog, Collection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store serves changed bytes without a word."""
+    collection = filled[1]
+    vectors = {"p0": [np.nan] * DIM, "p1": [1.0] * DIM}
+    rows = {product_id: {"vector": vector} for product_id, vector in vectors.items()}
+    monkeypatch.setattr(collection, "of_ids", lambda *args: rows)
+    found = stored(["p0", "p1"], collection, Consistency.ANY, Deadline(1))
+    assert [error is None for error in found.errors] == [False, True]
+    assert "run an audit" in str(found.errors[0])
+    assert np.isfinite(found.vectors).all()

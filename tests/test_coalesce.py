@@ -89,14 +89,14 @@ def test_nobody_is_held_once_all_are_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_who_has_no_time_left_waits_no_longer() -> None:
-    merged = Coalescer(Doubler(0.5), most=16)
+    merged = Coalescer(Doubler(1.5), most=16)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, merged, [1])
         time.sleep(0.05)
         start = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.1 s"):
             ask(merged, [2], 0.1)
-        assert time.monotonic() - start < 0.3
+        assert time.monotonic() - start < 1
         assert first.result() == [2]
         assert ask(merged, [3]) == [6], "whoever gave up is not in anybody's way"
 
@@ -203,7 +203,7 @@ def test_who_could_be_answered_too_late_is_told_before_his_time_is_over() -> Non
         for refused in waiting[:2]:
             with pytest.raises(ServerBusy, match=r"left of 0\.8 s"):
                 refused.result()
-        assert time.monotonic() - began < 0.6
+        assert time.monotonic() - began < 0.8
         assert (first.result(), waiting[2].result()) == ([2], [8])
 
 

@@ -21,7 +21,7 @@ from deploy.wheel import SERVER_PYTHON, find_wheel
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.models import Target
-from tests.conftest import ROOT
+from tests.conftest import ROOT, UNSHARE, can_unshare
 
 TAG = "26.09-py3"
 
@@ -114,8 +114,8 @@ def test_what_has_no_tls_stays_inside_where_grpc_has_it() -> None:
 
 
 # ── on the real server, as process 1 ─────────────────────────────────────────────────────
-IN_A_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-ALONE = subprocess.run([*IN_A_NAMESPACE, "true"], capture_output=True).returncode == 0
+IN_A_NAMESPACE = [*UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
+ALONE = can_unshare(*IN_A_NAMESPACE[len(UNSHARE) :])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -151,15 +152,19 @@ def test_a_closed_door_gives_out_who_is_inside_and_then_nobody() -> None:
     assert door.take() is None
 
 
-def test_holding_is_short_and_only_while_something_is_computed() -> None:
+def test_holding_is_short_and_only_while_something_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("retrieval_contract.door.HOLD_S", 1.0)
     door: Door[str] = Door(10, 64)
     start = time.monotonic()
     door.hold()
-    assert time.monotonic() - start < HOLD_S
+    assert time.monotonic() - start < 0.9
     door.enter("one", 1, Lane.INTERACTIVE)
     door.take()
     door.hold()
-    assert time.monotonic() - start < 1
+    assert 1.0 <= time.monotonic() - start < 5
+    assert HOLD_S < 0.01
 
 
 # ── on the real server ───────────────────────────────────────────────────────────────────
@@ -241,6 +246,42 @@ def test_a_request_without_time_is_not_sent(triton: Server) -> None:
             encoder.encode_products(["a shirt"], [b""], timeout_s=0.004)
 
 
+def test_a_text_that_may_be_late_is_left_and_not_cancelled() -> None:
+    """Triton 2.51 dies now and then of what is cancelled while it computes; with time enough there
+    is nothing to leave, and a plain call is cheaper."""
+    waits: list[float] = []
+
+    class Left:
+        def add_done_callback(self, done: object) -> None:
+            pass
+
+        def done(self) -> bool:
+            return False
+
+        def cancel(self) -> None:
+            raise AssertionError("cancelled")
+
+    class Asked:
+        def ModelInfer(self, request: object, timeout: float, metadata: object) -> str:
+            return "answered"
+
+        def future(self, request: object, timeout: float, metadata: object) -> Left:
+            waits.append(timeout)
+            return Left()
+
+    with Encoder(Settings(triton="127.0.0.1:1")) as encoder:
+        encoder._stub = stub = Asked()
+        stub.ModelInfer.__func__.future = partial(Asked.future, stub)
+        request = pb.ModelInferRequest(model_name=models.QUERY_ENCODER.name)
+        assert encoder._infer(request, Deadline(1.0), None) == "answered"
+        encoder._usual_s, start = 0.2, time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            encoder._infer(request, Deadline(0.3), None)
+        assert 0.3 <= time.monotonic() - start < 2
+    assert len(waits) == 2
+    assert min(waits) > 5, "the server is given time to end by itself"
+
+
 def test_a_retry_budget_ends_a_storm() -> None:
     budget = RetryBudget()
     assert sum(budget.spend() for _ in range(100)) == MOST
@@ -254,7 +295,7 @@ def test_nobody_backs_off_past_his_deadline() -> None:
     backoff = Backoff(Deadline(0.2), RetryBudget())
     while backoff.wait():
         pass
-    assert time.monotonic() - start < 0.4
+    assert time.monotonic() - start < 1
 
 
 def test_a_client_refuses_what_its_own_queue_cannot_answer_in_time() -> None:

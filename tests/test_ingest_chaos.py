@@ -173,7 +173,7 @@ def test_a_milvus_that_never_answers_keeps_nobody_past_the_deadline(wait: str) -
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.7 s"):
             WAITS[wait](catalog, stored, Deadline(0.7))
-        assert time.monotonic() - started < 0.7 + 0.5
+        assert time.monotonic() - started < 0.7 + 1.5
 
 
 def test_a_long_push_is_counted_and_needs_little(tmp_path: Path) -> None:

@@ -278,3 +278,35 @@ def test_rejects_may_go_to_a_device_a_pipe_or_a_link(tmp_path: Path) -> None:
     os.close(read)
     assert pipe.is_fifo()
     assert link.is_symlink()
+
+
+def test_a_second_command_does_not_write_into_the_list_of_refused_rows(tmp_path: Path) -> None:
+    from retrieval_client.commands.shared import rejects_file
+    from retrieval_contract.errors import RetrievalError
+
+    path = tmp_path / "rejects.jsonl"
+    with rejects_file(path) as file:
+        print("{}", file=file, flush=True)
+        with pytest.raises(RetrievalError, match="--rejects"), rejects_file(path):
+            pass
+        assert path.read_text() == "{}\n"
+    with rejects_file(path):
+        pass
+    assert not path.exists(), "that of the last command, which refused nothing"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_comment_in_a_photo_costs_neither_its_row_nor_the_push(format: str) -> None:
+    """Pillow writes it along: too much for a thumbnail, or for ever."""
+    import io
+
+    from PIL import Image, PngImagePlugin
+
+    from retrieval_client.rows import thumbnail
+
+    said, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    said.add_itxt("comment", "é" * 33_000)
+    more = {"pnginfo": said} if format == "PNG" else {"comment": b"c" * 60_000}
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(buffer, format, **more)
+    assert len(buffer.getvalue()) > 1000
+    assert len(thumbnail(buffer.getvalue())) < 2000

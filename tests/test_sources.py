@@ -110,7 +110,7 @@ def test_the_last_line_of_a_csv_needs_no_end(tmp_path: Path) -> None:
 def test_json_lines_with_a_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     lines = ['{"title": "no id"}', '{"id": 7, "title": "mug", "deep": {"a": [1]}}', ""]
-    lines += ["{oops", "[1]", '{"id": 8}', '{"\\u0000": 1}', '{"sku": "n", "name": "\\ud800"}']
+    lines += ["{oops", "[1]", '{"id": 8}', '{"\\u0000": 1}', '{"id": "n", "title": "\\ud800"}']
     path.write_text("\n".join(lines))
     rows = rows_of(path)
     assert [row.name for row in rows] == ["row 1", "7", "row 4", "row 5", "8", "row 7", "n"]
@@ -312,3 +312,47 @@ def test_values_that_json_does_not_know_become_text(tmp_path: Path) -> None:
     )
     (row,) = rows_of(path)
     assert json.dumps(row.attributes) == '{"day": "2026-01-02"}'
+
+
+def test_a_parquet_cell_that_cannot_be_read_costs_its_row(tmp_path: Path) -> None:
+    """And not those that are read together with it."""
+    titles = pa.array([b"red", b"caf\xe9", b"blue"]).view(pa.string())
+    days = pa.array([0, 1, 2**40], pa.int64()).view(pa.timestamp("s"))
+    path = write_parquet(tmp_path / "c.parquet", id=["a", "b", "c"], title=titles, since=days)
+    rows = rows_of(path)
+    assert [row.id for row in rows] == ["a", "b", "c"]
+    assert rows[0].problem is None
+    assert rows[1].title == b"caf\xe9", "refused for its bytes, like that of a CSV"
+    assert "since: cannot be read" in str(rows[2].problem)
+
+
+def test_a_parquet_file_that_is_damaged_behind_its_footer_is_said(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "c.parquet", id=["a"] * 5000, title=[f"t{n}" for n in range(5000)]
+    )
+    content = bytearray(path.read_bytes())
+    content[4:2000] = bytes(1996)
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="damaged"):
+        rows_of(path)
+
+
+def test_json_lines_that_leave_out_what_is_null_keep_their_columns(tmp_path: Path) -> None:
+    """Another column is an attribute, and no id or title of its own."""
+    lines = [
+        {"id": "p1", "sku": "A7", "title": "red shoe", "name": "ACME"},
+        {"sku": "A8", "title": "blue shoe"},
+        {"id": "p3", "sku": "A9", "name": "ACME"},
+        {"id": "p4", "image_path": "a.jpg"},
+    ]
+    (tmp_path / "a.jpg").write_bytes(photo())
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first, nameless, untitled, pictured = rows_of(path)
+    assert (first.id, first.title) == ("p1", b"red shoe")
+    assert nameless.id == "", "refused, and so nothing is deleted for it"
+    assert (untitled.id, untitled.title) == ("p3", b"")
+    assert untitled.attributes == {"sku": "A9", "name": "ACME"}
+    assert pictured.image == photo()
+    later = list(Source(path).rows(2))
+    assert later == [untitled, pictured], "a part is read like the whole"

@@ -316,6 +316,8 @@ def test_a_refusal_names_the_piece_and_its_place() -> None:
     with pytest.raises(FilterError) as refused:
         Where.parse('größe == "é" and (a == 1 or\n b == c.d)')
     assert str(refused.value).startswith("condition, character 35: expected a value, got `c.d`; ")
+    with pytest.raises(FilterError, match=r"character 18: .*, got `f\(1\)`"):
+        Where.parse('(a == "é\u2028é" and\n f(1))')
     with pytest.raises(FilterError, match=r"bind 'brand'; bound are: brands"):
         Where.parse("a in {brand}", {"brands": ["x"]})
 

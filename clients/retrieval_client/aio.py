@@ -22,12 +22,13 @@ from retrieval_client.query import Query
 from retrieval_client.search import ProductSearch
 from retrieval_client.settings import Settings
 from retrieval_client.shadow import Shadow
-from retrieval_contract.errors import DeadlineExceeded, ItemError
+from retrieval_contract.errors import DeadlineExceeded, ItemError, RetrievalError
 
 THREADS = 64
 """Searches that are under way at once; further ones wait for a thread, within their deadline."""
 GRACE_S = 0.25
 """A search ends by its own deadline; who awaits one that does not is let go so much later."""
+CLOSED = "search: it was closed meanwhile; make another one"
 
 Result = TypeVar("Result")
 
@@ -98,10 +99,18 @@ class AsyncProductSearch:
     async def _in_thread(self, deadline: Deadline, call: Callable[[], Result]) -> Result:
         """The result; the current span goes along."""
         context = contextvars.copy_context()
-        under_way = self._threads.submit(context.run, call)
+        try:
+            under_way = self._threads.submit(context.run, call)
+        except RuntimeError as exc:
+            raise RetrievalError(CLOSED) from exc
         try:
             async with asyncio.timeout(deadline.left_s + GRACE_S):
                 return await asyncio.wrap_future(under_way)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if under_way.cancelled() and not (task and task.cancelling()):  # not the caller: we
+                raise RetrievalError(CLOSED) from None
+            raise
         except TimeoutError as exc:
             raise DeadlineExceeded(
                 f"search: no answer within {deadline.seconds} s; raise the deadline, or ask less "

@@ -17,10 +17,12 @@ import numpy as np
 
 from retrieval_client.book import Book
 from retrieval_client.catalog import Catalog
-from retrieval_client.collection import Collection, CollectionInfo
+from retrieval_client.collection import Collection
+from retrieval_client.encoder import Encoded
 from retrieval_client.feed import LOOK_UP_ROWS
 from retrieval_client.fleet import Encoders
 from retrieval_client.flow import REQUEST_ROWS
+from retrieval_client.patience import Patient
 from retrieval_client.records import (
     CHECKED,
     CONTENT_HASH,
@@ -122,7 +124,7 @@ class Audit:
         live = list(self.catalog.live().values())
         with Book() as book:
             report.found = [self._look(collection, book) for collection in live]
-            refusals = [Refusals(c.info, encoders, book) for c in live] if encoders else []
+            refusals = [Refusals(c, encoders, book) for c in live] if encoders else []
             for candidates in batched(self._said(rows, report, book), LOOK_UP_ROWS):
                 for candidate in candidates:
                     chosen.offer(candidate)
@@ -188,9 +190,9 @@ class Refusals:
     Until TAKEN were none of these.
     """
 
-    def __init__(self, info: CollectionInfo, encoders: Encoders, book: Book) -> None:
+    def __init__(self, collection: Collection, encoders: Encoders, book: Book) -> None:
         """`book`: where all that the collection holds stands already."""
-        self._info, self._encoders, self._book = info, encoders, book
+        self._collection, self._encoders, self._book = collection, encoders, book
         self._taken = 0
 
     def among(self, candidates: Sequence[Candidate]) -> list[str]:
@@ -199,18 +201,17 @@ class Refusals:
         for some in batched(filter(self._is_unlike, candidates), REQUEST_ROWS):
             if self._taken >= TAKEN:
                 break
-            encoder = self._encoders.for_collection(self._info)
-            encoded = encoder.encode_products([c.title for c in some], [c.image for c in some])
+            encoded = patiently_encoded(self._collection, self._encoders, some)
             bad = [c.id for c, error in zip(some, encoded.errors, strict=True) if error]
             for product_id in bad:
-                self._book.take_back(self._info.release_id, product_id)
+                self._book.take_back(self._collection.info.release_id, product_id)
             self._taken += len(some) - len(bad)
             refused += bad
         return refused
 
     def _is_unlike(self, candidate: Candidate) -> bool:
         """Whether a push would encode it, and what is stored might stay if that is refused."""
-        release_id = self._info.release_id
+        release_id = self._collection.info.release_id
         stored = self._book.stored(release_id, candidate.id)
         if stored is None:
             return True
@@ -269,11 +270,24 @@ def look_inside(rows: list[dict[str, Any]], found: Found) -> None:
             found.say("damaged", row[ID.name])
 
 
+def patiently_encoded(
+    collection: Collection, encoders: Encoders, products: Sequence[Candidate]
+) -> Encoded:
+    """As a push would: beside one, and beside searches, the server is busy."""
+    patience_s = collection.milvus.write_timeout_s
+
+    def encode() -> Encoded:
+        encoder = encoders.for_collection(collection.info)
+        titles, images = [c.title for c in products], [c.image for c in products]
+        return encoder.encode_products(titles, images, timeout_s=patience_s)
+
+    return Patient(patience_s)(encode)
+
+
 def encode_again(
     collection: Collection, encoders: Encoders, sample: list[Candidate], found: Found
 ) -> None:
     """Products of the source against their stored vectors, those that are stored as it says."""
-    encoder = encoders.for_collection(collection.info)
     fields = [CONTENT_HASH.name, VECTOR.name]
     for start in range(0, len(sample), 32):
         some = sample[start : start + 32]
@@ -286,7 +300,7 @@ def encode_again(
         ]
         if not some:
             continue
-        encoded = encoder.encode_products([c.title for c in some], [c.image for c in some])
+        encoded = patiently_encoded(collection, encoders, some)
         for candidate, vector, error in zip(some, encoded.vectors, encoded.errors, strict=True):
             found.sampled += 1
             cosine = float(np.dot(vector, stored[candidate.id][VECTOR.name]))

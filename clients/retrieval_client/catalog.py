@@ -223,8 +223,10 @@ class Catalog:
                     properties={RELEASE_PARAMETER: release_id, **tuning},
                 )
         self._finish(name)
-        self.point(name, role)
-        found = self.find(role)
+        self.forget()
+        if (found := self.find(role)) is None:  # or another push was first, maybe of other vectors
+            self.point(name, role)
+            found = self.find(role)
         assert found
         return found
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
-from retrieval_contract.errors import DeadlineExceeded
+from retrieval_contract.errors import ContractError, DeadlineExceeded
 
 SMALLEST_S = 1e-3
 """A spent deadline is passed on as this: the next call then fails by itself, at once."""
+LARGEST_S = 86_400.0
+"""A day: what waits for longer, or for ever, waits so long; locks cannot take more."""
 
 
 class Deadline:
@@ -20,8 +22,11 @@ class Deadline:
 
     @classmethod
     def of(cls, seconds: float | None, default_s: float) -> Deadline:
-        """What a caller gave, be it 0; the default where that is nothing."""
-        return cls(default_s if seconds is None else seconds)
+        """What a caller gave, be it 0; the default where that is nothing. ContractError for NaN."""
+        wanted = default_s if seconds is None else seconds
+        if wanted != wanted:
+            raise ContractError(f"timeout_s: expected seconds, got {wanted}; give a number")
+        return cls(min(wanted, LARGEST_S))
 
     def check(self, what: str) -> None:
         """DeadlineExceeded where nothing is left for `what`."""

@@ -47,6 +47,9 @@ UNCACHED = replace(models.QUERY_ENCODER, name=models.QUERY_UNCACHED)
 LEAST_S = 5e-3
 """With less time a request is not sent: Triton 2.51 may die of what is cancelled as it arrives
 (triton-inference-server/server, issues 7368 and 8034)."""
+CROWDED, RECENT = 10.0, 0.2
+"""A text with less time than so many usual attempts may be late: it is asked so that it can be left
+(`Beside`); of the usual attempt the last one makes so much."""
 COUNTED_S = 5e-3
 """Between two looks at statistics that lag."""
 
@@ -97,6 +100,8 @@ class Encoder:
         self._replicas = Replicas(settings)
         self._budget = RetryBudget()
         self._traffic = settings.traffic
+        self._usual_s = 0.0
+        """What an attempt takes lately."""
         self._served: Served | None = None
         self._shared: Coalescer[bytes, Encoded] = Coalescer(
             self._encode_queries, models.QUERY_ENCODER.batch.max
@@ -312,16 +317,17 @@ class Encoder:
     def _infer(self, request: pb.ModelInferRequest, deadline: Deadline, known: Served) -> Any:
         """The answer of any replica of the release that the request names."""
         turns = Turns(self._stub, self._replicas, deadline, self._budget)
-        if request.model_name != models.PRODUCT_ENCODER.name:
+        product = request.model_name == models.PRODUCT_ENCODER.name
+        if not product and deadline.left_s > CROWDED * self._usual_s:
             return self._attempts(turns, turns, request, deadline, known)
-        with Beside(turns, deadline) as beside:
-            try:
-                return self._attempts(beside, turns, request, deadline, known)
-            except (DeadlineExceeded, ServerUnavailable):
-                if (slow := beside.slow) is None:
-                    raise
-            with triton_errors(self.address, request.model_name):
-                return beside.wait(slow, deadline)
+        beside = Beside(turns, deadline)
+        try:
+            return self._attempts(beside, turns, request, deadline, known)
+        except (DeadlineExceeded, ServerUnavailable):
+            if (slow := beside.slow) is None:
+                raise
+        with triton_errors(self.address, request.model_name):
+            return beside.wait(slow, deadline)
 
     def _attempts(
         self,
@@ -348,6 +354,7 @@ class Encoder:
                     f"{deadline.left_s:.2g} s left of {deadline.seconds:g} s; raise the deadline"
                 )
             request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
+            began = time.monotonic()
             try:
                 with triton_errors(self.address, request.model_name):
                     return ask(request, timeout=attempt.left_s, metadata=trace)
@@ -363,6 +370,8 @@ class Encoder:
                 if not (self._others_serve(known, deadline) and turns.elsewhere()):
                     self._served = None  # whoever answers next may be another release
                     raise
+            finally:
+                self._usual_s += RECENT * (time.monotonic() - began - self._usual_s)
 
     def _others_serve(self, known: Served, deadline: Deadline) -> bool:
         """Whether there are other replicas, of the same release as far as they answer."""

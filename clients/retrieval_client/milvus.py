@@ -76,9 +76,11 @@ class Milvus:
 
         if self.lite:  # this process itself: never away, and slow to open where it holds much
             return asked()
+        under_way = self._calls.submit(asked)
         try:
-            return self._calls.submit(asked).result(deadline.left_s)
+            return under_way.result(deadline.left_s)
         except Late as exc:
+            under_way.cancel()  # where it has not begun: nobody waits for it any more
             raise DeadlineExceeded(
                 f"Milvus at {self.uri}, {what}: no answer within {deadline.seconds:g} s; see that "
                 "it runs, or raise the deadline (--timeout-s)"

@@ -255,8 +255,9 @@ class Push:
         feed = answer.feed
         for i, row in enumerate(answer.rows):
             if (error := answer.encoded.errors[i]) is not None:
+                if not self._book.refused_elsewhere(feed.release_id, row.id):
+                    self._reject(row.id, error)
                 self._book.take_back(feed.release_id, row.id)
-                self._reject(row.id, error)
                 self.report.settled += 1
                 continue
             feed.fed.encoded += 1

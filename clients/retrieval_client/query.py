@@ -118,6 +118,11 @@ def stored(
     for at, product_id in enumerate(ids):
         if product_id in rows:
             vectors[at] = rows[product_id][VECTOR.name]
+            if not np.isfinite(vectors[at]).all():
+                vectors[at] = 0
+                errors[at] = ItemError(
+                    Reason.INTERNAL, f"the stored vector of {product_id!r} is damaged: run an audit"
+                )
         elif errors[at] is None:
             errors[at] = ItemError(
                 Reason.UNKNOWN_ID, f"expected the id of a product that is there, got {product_id!r}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -21,6 +20,8 @@ from retrieval_contract.errors import DeadlineExceeded
 EARNED, MOST = 0.1, 10.0
 """Further attempts that one call earns; so many can be saved up."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 50e-3, 1.0
+LINGER_S = 10.0
+"""So long a server may go on with what nobody waits for, before it is told."""
 
 
 class RetryBudget:
@@ -66,6 +67,8 @@ class Beside:
 
     What takes long may be lost or just slow, and nobody says which. So the first good answer is
     taken, to whichever attempt it is. Dearer than a plain call by a thread's wake-ups (0.15 ms).
+    What nobody waits for any more is left to end by itself: Triton 2.51 dies now and then of what
+    is cancelled while it computes (triton-inference-server/server, issues 7368 and 8034).
     """
 
     def __init__(self, send: Any, deadline: Deadline) -> None:
@@ -74,20 +77,12 @@ class Beside:
         self._calls: list[Any] = []
         self._ended = threading.Event()
 
-    def __enter__(self) -> Beside:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        for call in self._calls:
-            call.cancel()
-
     def __call__(self, request: Any, *, timeout: float, metadata: Any) -> Any:
         """As `send`, and raises what it raises; but DeadlineExceeded gives nothing up."""
-        call = self._send.future(request, timeout=self._deadline.left_s, metadata=metadata)
+        leave_s = self._deadline.left_s + LINGER_S
+        call = self._send.future(request, timeout=leave_s, metadata=metadata)
         self._calls.append(call)
-        call.add_done_callback(lambda ended: self._ended.set())
+        call.add_done_callback(lambda ended: self._ended.set())  # without one gRPC would cancel it
         return self.wait(call, Deadline(timeout))
 
     @property

@@ -133,6 +133,7 @@ def thumbnail(image: bytes) -> bytes:
     """A small JPEG for result pages, at most THUMBNAIL_PX (width, height)."""
     picture = open_image(image, THUMBNAIL_PX)
     picture.thumbnail(THUMBNAIL_PX)
+    picture.info.clear()  # a comment would be written along, or would be too long to write
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()

@@ -12,20 +12,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow.parquet as pq
-
 from retrieval_client.csv_records import csv_records
+from retrieval_client.parquet_records import Record, open_parquet, parquet_records
 from retrieval_contract.errors import ItemError, Reason, SourceError
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 STDIN = Path("-")
-READ_ROWS = 64
-"""Rows held at once while reading Parquet; a row may carry a photo of megabytes."""
-READ_BYTES = 2**20
-"""Read ahead in a column: without it all of a row group would be held."""
+SETTLED = 1000
+"""Of so many lines at most the columns of JSON lines are settled."""
 
-Record = Mapping[str, Any]
 Read = Record | ItemError
 """A record, or why it could not be read."""
 
@@ -113,7 +109,7 @@ class Source:
         """From Parquet's footer, or the number of images in a folder."""
         table = self.path / "products.parquet" if self.path.is_dir() else self.path
         if table.suffix == ".parquet" and table.is_file():
-            return int(_open_parquet(table).metadata.num_rows)
+            return int(open_parquet(table).metadata.num_rows)
         return sum(1 for _ in _image_files(self.path)) if self.path.is_dir() else None
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[SourceRow]:
@@ -152,27 +148,34 @@ class Source:
         return readers[path.suffix](part)
 
     def _parquet(self, part: Part) -> Iterator[SourceRow]:
-        file = _open_parquet(self.path)
+        file = open_parquet(self.path)
         columns = self.columns.find_in_header(self.path, file.schema_arrow.names)
-        return _rows(_records(file, part, columns), columns, self.path.parent, part)
+        only = self._only(part, columns)
+        records = parquet_records(self.path, file, part.start, part.stop, only)
+        return _rows(records, columns, self.path.parent, part)
+
+    def _only(self, part: Part, columns: Mapping[str, str]) -> list[str] | None:
+        """The columns that are wanted; None: all."""
+        return [columns["id"]] if part.ids_only and "id" in columns else None
 
     def _data_folder(self, part: Part) -> Iterator[SourceRow]:
         """`products.parquet`, with the pictures of `images.parquet` (same rows, same order)."""
         products, images = self.path / "products.parquet", self.path / "images.parquet"
-        file = _open_parquet(products)
+        file = open_parquet(products)
         header = file.schema_arrow.names
-        more = _open_parquet(images) if images.is_file() else None
+        more = open_parquet(images) if images.is_file() else None
         columns = self.columns.find_in_header(
             products, [*header, *more.schema_arrow.names] if more else header
         )
-        records = _records(file, part, self.columns.find(header))
+        only = self._only(part, self.columns.find(header))
+        records = parquet_records(products, file, part.start, part.stop, only)
         if more and not part.ids_only:
             if file.metadata.num_rows != more.metadata.num_rows:
                 raise SourceError(
                     f"{self.path}: products.parquet and images.parquet differ in length; write "
                     "both from the same rows"
                 )
-            pictures = _records(more, part, columns)
+            pictures = parquet_records(images, more, part.start, part.stop)
             records = self._paired(header, records, more.schema_arrow.names, pictures, part)
         return _rows(records, columns, self.path, part)
 
@@ -211,12 +214,20 @@ class Source:
             yield from self._json_lines(file, self.path.parent, part)
 
     def _json_lines(self, lines: Iterable[bytes], folder: Path, part: Part) -> Iterator[SourceRow]:
-        """Lines have no header: each is read by the columns that it has."""
-        for number, line in islice(enumerate(lines, start=1), part.start, part.stop):
-            if line.strip():
-                record = _json_object(line)
-                there = () if isinstance(record, ItemError) else tuple(record)
-                yield _row(record, part.wanted(self.columns.find(there)), number, folder)
+        """Lines have no header, and may leave out what is null: the first line that has a column
+        for a role, of SETTLED lines, settles it; another column is then an attribute."""
+        settled: dict[str, str] = {}
+        for number, line in islice(enumerate(lines, start=1), part.stop):
+            skipped = number <= part.start
+            if (skipped and number > SETTLED) or not line.strip():
+                continue
+            record = _json_object(line)
+            there = () if isinstance(record, ItemError) else tuple(record)
+            columns = self.columns.find(there) | settled
+            if number <= SETTLED:
+                settled = columns
+            if not skipped:
+                yield _row(record, part.wanted(columns), number, folder)
 
 
 def _json_object(line: bytes) -> Read:
@@ -227,30 +238,6 @@ def _json_object(line: bytes) -> Read:
     if isinstance(record, dict):
         return record
     return ItemError(Reason.BAD_ATTRIBUTES, "expected a JSON object on the line")
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
-    except Exception as exc:
-        raise SourceError(f"{path}: not a readable Parquet file ({exc})") from exc
-
-
-def _records(file: Any, part: Part, columns: Mapping[str, str]) -> Iterator[Record]:
-    """The records of a part, from the row group on that it begins in."""
-    groups, skipped, at = [], 0, 0
-    for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if at + rows <= part.start:
-            skipped = at + rows
-        elif part.stop is None or at < part.stop:
-            groups.append(group)
-        at += rows
-    only = [columns["id"]] if part.ids_only and "id" in columns else None
-    batches = file.iter_batches(READ_ROWS, row_groups=groups, columns=only)
-    records = chain.from_iterable(batch.to_pylist() for batch in batches)
-    stop = None if part.stop is None else part.stop - skipped
-    return islice(records, part.start - skipped, stop)
 
 
 def _rows(
@@ -266,7 +253,9 @@ def _row(record: Read, columns: Mapping[str, str], number: int, folder: Path) ->
     try:
         if isinstance(record, ItemError):
             raise record
-        product_id = _id(record.get(columns.get("id", "")))
+        product_id = _id(_read(record.get(columns.get("id", ""))))
+        for value in record.values():
+            _read(value)
         return SourceRow(
             product_id,
             _text_bytes(record.get(columns.get("title", ""))),
@@ -276,6 +265,13 @@ def _row(record: Read, columns: Mapping[str, str], number: int, folder: Path) ->
         )
     except ItemError as exc:
         return SourceRow(product_id, problem=exc, number=number)
+
+
+def _read(value: Any) -> Any:
+    """A value of a record; raises what it is where it could not be read."""
+    if isinstance(value, ItemError):
+        raise value
+    return value
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

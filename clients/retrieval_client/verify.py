@@ -216,7 +216,7 @@ class Verify:
         self, wanted: Wanted, book: Book, looked: Found, found: Verification
     ) -> None:
         info, sample = self.candidate.info, Reservoir(SAMPLE)
-        refusals = Refusals(info, self.encoders, book)
+        refusals = Refusals(self.candidate, self.encoders, book)
         for products in batched(self._said(wanted, book), LOOK_UP_ROWS):
             refusals.among(products)
             for product in products:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ ATTRIBUTE_VALUE = 10
 """A value compared with an attribute counts as ten: Milvus reads the JSON of each row for each."""
 MAX_NUMBER = 2**53 - 1
 """Beyond it one backend compares whole numbers with floats exactly, and the other does not."""
+
+LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
+"""As Python's own parser counts lines, and `str.splitlines` does not."""
 
 Value = str | int | float
 Row = Mapping[str, Any]
@@ -350,7 +354,7 @@ class _Reader:
         return int(value) if kind is bool else value
 
     def _refused(self, node: ast.expr, expected: str, advice: str) -> FilterError:
-        before = self._text.splitlines(keepends=True)[: node.lineno]
+        before = LINE_END.split(self._text)[: node.lineno]
         column = len(before.pop().encode()[: node.col_offset].decode())
         piece = ast.get_source_segment(self._text, node) or ""
         return FilterError(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from retrieval_client.audit import KINDS, Audit, AuditReport
@@ -91,7 +92,8 @@ def _show(before: AuditReport, report: AuditReport) -> None:
         for kind, meaning in KINDS.items():
             counts = [was.counts[kind]] if was is now else [was.counts[kind], now.counts[kind]]
             if any(counts):
-                table.add_row(*map(str, counts), meaning, ", ".join(was.examples.get(kind, [])[:3]))
+                such_as = escape(", ".join(was.examples.get(kind, [])[:3]))
+                table.add_row(*map(str, counts), meaning, such_as)
         Console().print(table if table.row_count else f"{now.collection}: {now.stored} rows, good")
     console.print(
         f"{report.read} rows in the source, {report.refused} of them cannot be stored; "

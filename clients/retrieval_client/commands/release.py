@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from retrieval_client.catalog import Catalog
@@ -149,7 +150,8 @@ def _show(found: Verification) -> None:
     title = f"release {found.release} against {found.against}, which serves"
     table = Table("check", "expected", "got", "", title=title, title_justify="left")
     for check in found.checks:
-        table.add_row(check.name, check.expected, check.got, "good" if check.passed else "BAD")
+        said = map(escape, (check.name, check.expected, check.got))
+        table.add_row(*said, "good" if check.passed else "BAD")
     Console().print(table)
     for change in found.changes[:3]:
         text = f"  changes most: {change.query!r}, {change.overlap:.0%} of the answers stay"
