@@ -219,13 +219,13 @@ def test_a_server_that_comes_back_is_waited_for(
     with triton(release_folder, log=log) as server:
         ports = server.ports
         patient = settings.override(triton=server.grpc_address, retry_s=60.0)
-        rows = iter(good_rows(600))
+        rows = iter(good_rows(240))
         with Encoders(patient) as encoders, Catalog(patient) as catalog:
             encoders.served()
 
             def interrupted():
                 for number, row in enumerate(rows):
-                    if number == 550:
+                    if number == 200:
                         server.process.kill()
                         server.process.wait()
                         restart.enter_context(triton(release_folder, ports=ports, log=log))
@@ -235,8 +235,8 @@ def test_a_server_that_comes_back_is_waited_for(
 
             with ExitStack() as restart:
                 report = Push(patient, encoders, catalog).run(interrupted())
-                assert (report.stored, report.rejects) == (600, [])
-                assert catalog.serving().count() == 600
+                assert (report.stored, report.rejects) == (240, [])
+                assert catalog.serving().count() == 240
 
 
 def test_a_catalog_of_another_release_is_refused(settings: Settings, release: Release) -> None:

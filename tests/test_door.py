@@ -247,8 +247,8 @@ def test_a_request_without_time_is_not_sent(triton: Server) -> None:
 
 
 def test_a_text_that_may_be_late_is_left_and_not_cancelled() -> None:
-    """Triton 2.51 dies now and then of what is cancelled while it computes; with time enough there
-    is nothing to leave, and a plain call is cheaper."""
+    """Triton 2.51 may die of what is cancelled; with time enough there is nothing to leave, and a
+    plain call is cheaper."""
     waits: list[float] = []
 
     class Left:

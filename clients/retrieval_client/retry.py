@@ -67,8 +67,8 @@ class Beside:
 
     What takes long may be lost or just slow, and nobody says which. So the first good answer is
     taken, to whichever attempt it is. Dearer than a plain call by a thread's wake-ups (0.15 ms).
-    What nobody waits for any more is left to end by itself: Triton 2.51 dies now and then of what
-    is cancelled while it computes (triton-inference-server/server, issues 7368 and 8034).
+    What nobody waits for any more is left to end by itself: Triton 2.51 may die of what is
+    cancelled (triton-inference-server/server, issues 7368 and 8034).
     """
 
     def __init__(self, send: Any, deadline: Deadline) -> None:
