@@ -150,6 +150,17 @@ def test_last_words_are_the_telling_lines_else_the_last(lines: list[str], kept: 
     assert log.getvalue().splitlines() == lines
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_cuda_complains_of_is_noise_only_without_a_gpu(gpu: bool) -> None:
+    line = "E0102 query_tower: unable to create stream: CUDA driver version is insufficient"
+    command = [sys.executable, "-c", f"print({line!r})"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process.wait()
+    log = io.StringIO()
+    assert LastWords(process, log, gpu=gpu).read().strip() == (line if gpu else "")
+    assert log.getvalue().strip() == (line if gpu else "")
+
+
 def test_a_log_that_takes_no_more_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more lines than a pipe holds: whoever stops reading ends who writes."""
     code = "for n in range(20_000): print('a line of the log', n)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from deploy.engines.ready import (
     origin_of,
     overlay,
     prepare,
+    prepared_apart,
     timings_of,
 )
 from deploy.server import check_release, triton
@@ -252,3 +254,34 @@ def test_the_gpu_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_at_hand() == Gpu("NVIDIA L4, 8.9, 580.95.05")
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert gpu_at_hand() is None
+
+
+def test_who_is_stopped_while_engines_are_built_takes_the_build_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT swallows what a signal raises in it; so it builds in a process of its own."""
+    building = tmp_path / "building"
+    code = f"import pathlib, os, time; pathlib.Path({str(building)!r}).write_text(str(os.getpid()))"
+    command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
+    monkeypatch.setattr("deploy.engines.ready._prepare_command", lambda *asked: command)
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 3.0)
+        with pytest.raises(KeyboardInterrupt):
+            prepared_apart(tmp_path, tmp_path, Missing.WAIT)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not Path(f"/proc/{int(building.read_text())}").exists()
+
+
+def test_why_no_engine_could_be_made_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError, match="exit code 1 .*; why stands above"):
+        prepared_apart(tmp_path / "nowhere", tmp_path, Missing.WAIT)
+    assert "release.json" in capfd.readouterr().err

@@ -15,7 +15,15 @@ from rich.console import Console
 from deploy.server import LOOPBACK, check_release, choose_ports, triton
 from export.__main__ import reference_release
 from export.config_from_contract import UNRELEASED, config_from_text, configs_of
-from export.publish import BESIDE, ROOMS, SOURCES, code_fingerprint, publish, write_onnx
+from export.publish import (
+    BESIDE,
+    ROOMS,
+    SOURCES,
+    code_fingerprint,
+    make_read_only,
+    publish,
+    write_onnx,
+)
 from retrieval_client import Catalog, Encoder, ProductSearch, Settings
 from retrieval_contract import models
 from retrieval_contract.errors import CheckpointError, DeployError, ReleaseMismatch
@@ -247,3 +255,17 @@ def test_a_release_that_is_not_whole_is_not_started(tiny_release: Path, tmp_path
     with pytest.raises(DeployError, match=r"query_tower/\d+/model.plan: not found"):
         check_release(tiny_release, Target.GPU)
     assert check_release(tiny_release, Target.CPU).release_id == tiny_release.name
+
+
+def test_a_release_can_be_read_by_every_user(tmp_path: Path) -> None:
+    """A container's is another one than who built it, maybe under a strict umask."""
+    inner = tmp_path / "release" / "model_repository" / "1"
+    inner.mkdir(parents=True)
+    (inner / "model.onnx").write_bytes(b"x")
+    for folder in (inner, inner.parent, inner.parent.parent):
+        folder.chmod(0o700)
+    (inner / "model.onnx").chmod(0o600)
+    make_read_only(tmp_path / "release")
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "release", inner)]
+    assert modes == [0o755, 0o755]
+    assert (inner / "model.onnx").stat().st_mode & 0o777 == 0o444

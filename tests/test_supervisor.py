@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,6 +135,26 @@ def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Pat
         assert strangers.exists()
     finally:
         strangers.unlink()
+
+
+@pytest.mark.parametrize("failure", [OSError(12, "Cannot allocate memory"), DeployError("slow")])
+def test_starts_that_fail_slowly_are_given_up_too(failure: Exception) -> None:
+    """Each takes so long that no window holds many of them."""
+
+    class Dead:
+        process, http, words = SimpleNamespace(wait=lambda: 1, pid=0), None, io.StringIO("words")
+
+        def kill(self) -> None:
+            pass
+
+        def start(self) -> None:
+            raise failure
+
+    said: list[str] = []
+    watch = Supervisor(Dead(), said.append, restarts=Restarts(most=3, within_s=0.0, pause_s=0.0))
+    with pytest.raises(DeployError, match=r"(?s)started again 3 times.*given up.*words"):
+        watch._start_again()
+    assert sum("cannot be started again yet" in line for line in said) == 3
 
 
 def test_pauses_grow() -> None:

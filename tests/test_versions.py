@@ -63,6 +63,15 @@ def test_a_builder_of_another_version_than_the_runtime_is_named() -> None:
     assert faults(AS_WANTED, "11.3.1.2") == ["its bindings"]
 
 
+def test_an_old_driver_stops_only_who_needs_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Versions("2.73.0", "13.4.1", "11.3.0", "1.27.0", "550.54")
+    monkeypatch.setattr(versions, "look", lambda: old)
+    monkeypatch.setattr(versions, "bindings_version", lambda: "11.3.0.99")
+    assert "DIFFERS" in check_versions(TAG, gpu=False)
+    with pytest.raises(DeployError, match=r"update the GPU's driver, or .* --target cpu"):
+        check_versions(TAG)
+
+
 def test_an_unknown_image_has_no_verdict() -> None:
     with pytest.raises(
         DeployError, match=r"Triton image 99\.01-py3: expected one of \['26\.09-py3"
