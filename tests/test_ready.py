@@ -282,6 +282,6 @@ def test_who_is_stopped_while_engines_are_built_takes_the_build_along(
 def test_why_no_engine_could_be_made_is_said_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(EngineError, match="exit code 1 .*; why stands above"):
+    with pytest.raises(EngineError, match=r"exit code 1 .*; why stands above"):
         prepared_apart(tmp_path / "nowhere", tmp_path, Missing.WAIT)
     assert "release.json" in capfd.readouterr().err
