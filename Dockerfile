@@ -9,8 +9,9 @@
 #       -v "$PWD/build/releases/RELEASE_ID:/release:ro" make-retrieval-serve
 #
 # The first start on a GPU makes its engines and keeps them in /cache; --missing cpu serves on the
-# processor and makes them for the next start. Without a GPU: leave out --gpus and end the line with --target cpu. The
-# Python models pass pictures through /dev/shm, which is 64 MiB unless --shm-size says more.
+# processor and makes them for the next start. Without a GPU: leave out --gpus and end the line with
+# --target cpu. The Python models pass pictures through /dev/shm, which is 64 MiB unless --shm-size
+# says more.
 # An index of your own: --secret id=pip_conf,src=pip.conf, which no layer keeps.
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 ARG TRITON_TAG=26.09-py3

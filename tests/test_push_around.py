@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stand_in import StandIns
+from benchmarks.stand_in import BAD, StandIns
 from retrieval_client import Settings
 from retrieval_client.catalog import Role
 from retrieval_client.feed import LOOK_UP_ROWS, Plan
@@ -101,6 +101,8 @@ def test_every_live_release_is_fed_with_its_own_vectors(shop: Shop, role: Role) 
         assert all(r["content_hash"].startswith(f"{OTHER}:") for r in there.values())
         report = shop.push([row(at, price=at + 1) for at in range(1, 40)], Plan(sync=True))
         assert (report.encoded, report.renewed, report.deleted) == (0, 78, 2)
+        report = shop.push([SourceRow("bad", BAD.encode())])
+        assert (report.refused.total(), len(report.rejects)) == (1, 1), "by both, and said once"
 
 
 def test_a_release_that_begins_during_a_push_is_fed_from_then_on(

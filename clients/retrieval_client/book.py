@@ -95,10 +95,10 @@ class Book:
         """As `refuse`, of a row that was said before, and that the server of a release refuses."""
         self._db.execute("INSERT OR IGNORE INTO refused VALUES (?, ?)", (release_id, product_id))
 
-    def refused_elsewhere(self, release_id: str, product_id: str) -> bool:
-        """Whether the server of another release refuses this row, too."""
-        wanted = "SELECT 1 FROM refused WHERE id = ? AND release != ? LIMIT 1"
-        return self._db.execute(wanted, (product_id, release_id)).fetchone() is not None
+    def is_refused(self, release_id: str, product_id: str) -> bool:
+        """Whether the server of a release is known to refuse this row."""
+        wanted = "SELECT 1 FROM refused WHERE release = ? AND id = ?"
+        return self._db.execute(wanted, (release_id, product_id)).fetchone() is not None
 
     def refused(self, release_id: str) -> int:
         """Rows that the server of a release is known to refuse."""

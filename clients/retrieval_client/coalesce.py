@@ -168,7 +168,7 @@ class Coalescer(Generic[Item, Results]):
 
     def _lead(self, mine: _Call[Item, Results]) -> None:
         """Send for the oldest callers, then let the oldest of those who came meanwhile lead."""
-        if self._shared:
+        if self._shared and not mine.batch:
             self._gather(mine)
         with self._lock:
             batch = mine.batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -354,9 +355,8 @@ class Encoder:
                     f"{deadline.left_s:.2g} s left of {deadline.seconds:g} s; raise the deadline"
                 )
             request.parameters["timeout"].int64_param = int(attempt.left_s * 1e6)
-            began = time.monotonic()
             try:
-                with triton_errors(self.address, request.model_name):
+                with triton_errors(self.address, request.model_name), self._timed():
                     return ask(request, timeout=attempt.left_s, metadata=trace)
             except DeadlineExceeded:
                 if deadline.passed or not self._budget.spend():
@@ -370,8 +370,15 @@ class Encoder:
                 if not (self._others_serve(known, deadline) and turns.elsewhere()):
                     self._served = None  # whoever answers next may be another release
                     raise
-            finally:
-                self._usual_s += RECENT * (time.monotonic() - began - self._usual_s)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Inside: one attempt."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._usual_s += RECENT * (time.monotonic() - began - self._usual_s)
 
     def _others_serve(self, known: Served, deadline: Deadline) -> bool:
         """Whether there are other replicas, of the same release as far as they answer."""

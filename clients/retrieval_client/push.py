@@ -255,8 +255,9 @@ class Push:
         feed = answer.feed
         for i, row in enumerate(answer.rows):
             if (error := answer.encoded.errors[i]) is not None:
-                if not self._book.refused_elsewhere(feed.release_id, row.id):
-                    self._reject(row.id, error)
+                others = self._feeds.keys() - {feed.release_id}
+                if not any(self._book.is_refused(other, row.id) for other in others):
+                    self._reject(row.id, error)  # once, whoever refuses it
                 self._book.take_back(feed.release_id, row.id)
                 self.report.settled += 1
                 continue
