@@ -41,11 +41,13 @@ def rejects_file(path: Path | None) -> Iterator[IO[str]]:
 
 
 def _lock(file: IO[str]) -> None:
-    """Until it is closed, or this process ends."""
+    """Until it is closed, or this process ends; nothing where files cannot be locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
+    except BlockingIOError as exc:
         raise RetrievalError(
             f"{file.name}: expected to write refused rows there, got another command that does; "
             "give another file (--rejects)"
         ) from exc
+    except OSError:
+        pass
