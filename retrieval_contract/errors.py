@@ -96,6 +96,10 @@ class ItemError(RetrievalError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[ItemError], tuple[Reason, str]]:
+        """Its words are not its arguments, which a worker's error is made of again."""
+        return type(self), (self.reason, self.detail)
+
     @classmethod
     def from_status(cls, status: str) -> ItemError:
         """Read back an `item_status` string, `reason: detail`."""

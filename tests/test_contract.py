@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_a_release_with_a_size_of_zero_cannot_be() -> None:
 
 def test_an_item_error_survives_the_wire() -> None:
     error = ItemError(Reason.TOO_LONG, "expected at most 3: got 4")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error), "as it comes from a worker"
     back = ItemError.from_status(str(error))
     assert (back.reason, back.detail) == (error.reason, error.detail)
     assert ItemError.from_status("something new").reason is Reason.INTERNAL
