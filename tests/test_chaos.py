@@ -24,7 +24,7 @@ from retrieval_client import Settings
 from retrieval_contract.errors import ServerUnavailable
 from tests.conftest import ROOT, TWO_CORES
 
-SHORT = {"fuzz": 0.02, "overload": 0.05, "stalls": 0.04, "bulk": 0.05, "soak": 0.01}
+SHORT = {"fuzz": 0.02, "overload": 0.05, "stalls": 0.04, "bulk": 0.1, "soak": 0.01}
 """Of the whole; kills and restarts are in test_supervisor.py and test_replicas.py."""
 
 

@@ -123,7 +123,7 @@ def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Pat
             for graph in Path(repository.partition("=")[2]).glob("product_tower/*/model.onnx"):
                 graph.unlink()
             os.kill(server.process.pid, signal.SIGKILL)
-            with pytest.raises(DeployError, match=r"(?s)2 times .* given up.*product_tower") as why:
+            with pytest.raises(DeployError, match=r"(?s)2 times, .* given up.*product_tower") as why:
                 run_beside(["sleep", "60"], {}, look=watch.wait)
             assert "model.onnx" in str(why.value)
             assert [line[:30] for line in said] == [
@@ -152,7 +152,7 @@ def test_starts_that_fail_slowly_are_given_up_too(failure: Exception) -> None:
 
     said: list[str] = []
     watch = Supervisor(Dead(), said.append, restarts=Restarts(most=3, within_s=0.0, pause_s=0.0))
-    with pytest.raises(DeployError, match=r"(?s)started again 3 times.*given up.*words"):
+    with pytest.raises(DeployError, match=r"(?s)started again 3 times, .*given up.*words"):
         watch._start_again()
     assert sum("cannot be started again yet" in line for line in said) == 3
 
