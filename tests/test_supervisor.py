@@ -123,7 +123,7 @@ def test_what_cannot_start_again_is_given_up(release_folder: Path, tmp_path: Pat
             for graph in Path(repository.partition("=")[2]).glob("product_tower/*/model.onnx"):
                 graph.unlink()
             os.kill(server.process.pid, signal.SIGKILL)
-            with pytest.raises(DeployError, match=r"(?s)2 times, .* given up.*product_tower") as why:
+            with pytest.raises(DeployError, match=r"(?s)2 times.* given up.*product_tower") as why:
                 run_beside(["sleep", "60"], {}, look=watch.wait)
             assert "model.onnx" in str(why.value)
             assert [line[:30] for line in said] == [
