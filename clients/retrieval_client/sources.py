@@ -90,6 +90,10 @@ class Part:
     stop: int | None = None
     ids_only: bool = False
 
+    def only(self, columns: Mapping[str, str]) -> list[str] | None:
+        """The columns to read; None: all."""
+        return [columns["id"]] if self.ids_only and "id" in columns else None
+
     def wanted(self, columns: Mapping[str, str]) -> Mapping[str, str]:
         """Of the columns of a source."""
         if not self.ids_only:
@@ -150,13 +154,9 @@ class Source:
     def _parquet(self, part: Part) -> Iterator[SourceRow]:
         file = open_parquet(self.path)
         columns = self.columns.find_in_header(self.path, file.schema_arrow.names)
-        only = self._only(part, columns)
+        only = part.only(columns)
         records = parquet_records(self.path, file, part.start, part.stop, only)
         return _rows(records, columns, self.path.parent, part)
-
-    def _only(self, part: Part, columns: Mapping[str, str]) -> list[str] | None:
-        """The columns that are wanted; None: all."""
-        return [columns["id"]] if part.ids_only and "id" in columns else None
 
     def _data_folder(self, part: Part) -> Iterator[SourceRow]:
         """`products.parquet`, with the pictures of `images.parquet` (same rows, same order)."""
@@ -167,7 +167,7 @@ class Source:
         columns = self.columns.find_in_header(
             products, [*header, *more.schema_arrow.names] if more else header
         )
-        only = self._only(part, self.columns.find(header))
+        only = part.only(self.columns.find(header))
         records = parquet_records(products, file, part.start, part.stop, only)
         if more and not part.ids_only:
             if file.metadata.num_rows != more.metadata.num_rows:
