@@ -1,7 +1,8 @@
 """python -m towers.students --data DIR: how much search a smaller query encoder costs.
 
 Teaches a query encoder of each number of layers by the same trained heads, and compares them with
-the whole one: quality on the held-out side, and time on one thread, in alternating rounds.
+the whole one: quality on the held-out side and on other catalogs, and time on one thread, in
+alternating rounds.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         asked = Encoders(towers).queries
         systems.append(TrainedHeads(str(layers), towers.heads, products, asked))
     found = evaluate(data, systems, list(SLICES))
+    elsewhere = {f.name: evaluate(read_data(f), systems, ["all"]) for f in args.also}
     texts = [query.text for query in data.queries][:BATCH]
     alone, together = times_of(models, texts[:1]), times_of(models, texts)
     report: dict[str, dict[str, float]] = {}
@@ -87,6 +89,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         of = found[str(layers)]
         report[str(layers)] = {part: float(of[part][HEADLINE].mean()) for part in SLICES}
         report[str(layers)][KNOWN_ITEM] = float(of["all"][KNOWN_ITEM].mean())
+        for other, there in elsewhere.items():
+            report[str(layers)][other] = float(there[str(layers)]["all"][HEADLINE].mean())
         report[str(layers)]["speed, 1 query"] = alone[most] / alone[layers]
         report[str(layers)][f"speed, {len(texts)} queries"] = together[most] / together[layers]
     columns = list(report[str(most)])
@@ -107,6 +111,14 @@ def parser() -> argparse.ArgumentParser:
     add_material_flags(top)
     top.add_argument("--layers", type=int, action="append", help="default: 2 and 3")
     top.add_argument("--rounds", type=int, default=Lesson.rounds)
+    top.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="data folders that are searched as well, whole",
+    )
     top.add_argument("--side", choices=["dev", "test"], default="test")
     top.add_argument("--out", type=Path, default=Path("build/students.md"))
     return top
