@@ -107,7 +107,7 @@ def look(home: Path = TRITON_HOME) -> Versions:
         cuda=os.environ.get("CUDA_VERSION", ""),
         tensorrt=_tensorrt(),
         onnxruntime=_onnxruntime(home / "backends" / "onnxruntime" / "libonnxruntime.so"),
-        driver=nvidia_smi("driver_version"),
+        driver=next(iter(nvidia_smi("driver_version")), ""),
     )
 
 
@@ -142,14 +142,14 @@ def _onnxruntime(library: Path) -> str:
     return said.decode()
 
 
-def nvidia_smi(fields: str) -> str:
-    """The first GPU's line of `nvidia-smi --query-gpu=<fields>`; empty where there is none."""
+def nvidia_smi(fields: str) -> list[str]:
+    """`nvidia-smi --query-gpu=<fields>`, a line for each GPU; empty where there is none."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
 def bindings_version() -> str:

@@ -249,9 +249,13 @@ def test_the_command_says_what_to_serve(tiny_release: Path, tmp_path: Path) -> N
 def test_the_gpu_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9, 580.95.05'\n")
+    one, other = "NVIDIA L4, 8.9, 580.95.05", "NVIDIA T4, 7.5, 580.95.05"
+    tool.write_text(f"#!/bin/sh\necho '{one}'; echo '{one}'\n")
     tool.chmod(0o755)
-    assert gpu_at_hand() == Gpu("NVIDIA L4, 8.9, 580.95.05")
+    assert gpu_at_hand() == Gpu(one)
+    tool.write_text(f"#!/bin/sh\necho '{one}'; echo '{other}'\n")
+    with pytest.raises(EngineError, match=f"GPUs of one kind, .* got {one}; {other}: give each"):
+        gpu_at_hand()
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert gpu_at_hand() is None
 

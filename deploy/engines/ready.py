@@ -63,9 +63,18 @@ class Ready:
 
 
 def gpu_at_hand() -> Gpu | None:
-    """The first GPU that `nvidia-smi` names, with compute capability and driver, or None."""
-    name = nvidia_smi("name,compute_cap,driver_version")
-    return Gpu(name) if name else None
+    """What `nvidia-smi` names, with compute capability and driver, or None.
+
+    Raises EngineError where GPUs are unlike: Triton puts a model on each, and a plan is for one
+    kind.
+    """
+    kinds = sorted({*nvidia_smi("name,compute_cap,driver_version")})
+    if len(kinds) > 1:
+        raise EngineError(
+            f"expected GPUs of one kind, as an engine is for one, got {'; '.join(kinds)}: give "
+            "each server like ones, as `docker run --gpus device=0`"
+        )
+    return Gpu(kinds[0]) if kinds else None
 
 
 def origin_of(release: Path, facts: Release, model: Model, runtime: Runtime, gpu: Gpu) -> Origin:
