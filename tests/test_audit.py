@@ -105,6 +105,20 @@ def test_every_kind_of_wrong_row_is_found_and_named(filled: tuple[Catalog, Colle
     assert collection.count() == len(there - rotten)
 
 
+def test_a_repair_deletes_what_is_rotten_only_where_the_source_has_it(
+    filled: tuple[Catalog, Collection],
+) -> None:
+    """The rest is a push's to delete, which asks before it deletes much."""
+    catalog, collection = filled
+    for product_id in ("p3", "p15"):
+        damage(collection, product_id, title="another")
+    report = Audit(catalog).run(source(10))
+    assert sorted(report.found[0].examples["damaged"]) == ["p15", "p3"]
+    Audit(catalog).mend(report)
+    there = {row["id"] for row in collection.query('id != ""', [])}
+    assert there == {f"p{i}" for i in range(20)} - {"p3"}
+
+
 def test_a_damaged_photo_is_found_and_costs_no_other_hit(
     filled: tuple[Catalog, Collection], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.stand_in import BAD, StandIns
@@ -19,13 +20,14 @@ from retrieval_client.catalog import Role
 from retrieval_client.feed import LOOK_UP_ROWS, Plan
 from retrieval_client.index import RECALL_ASKED
 from retrieval_client.releases import Releases, unfinished
+from retrieval_client.shards import ShardWriter, rows_of
 from retrieval_client.sources import Source, SourceRow
 from retrieval_client.verify import Verify
 from retrieval_client.window import FEWEST, FIRST, MOST, Window
 from retrieval_contract.errors import (
     CatalogError,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, product_row
 from tests.shop import OTHER, PHOTO, RELEASE, Shop, candidate, row
 
 
@@ -41,6 +43,22 @@ def place(backend: Callable[[], Settings]) -> Shop:
 def shop(place: Shop) -> Shop:
     """That one, empty."""
     return place.empty()
+
+
+def test_a_push_that_another_overtakes_leaves_no_title_with_the_others_vector(shop: Shop) -> None:
+    """What it knows of the stored rows is as old as its start."""
+    shop.push([row(1, "blue shirt", price=1), row(2, price=1)])
+
+    def source() -> Iterator[SourceRow]:
+        yield row(2, price=1)
+        shop.push([row(1, "red dress", price=1)])
+        yield row(1, "blue shirt", price=2)
+
+    shop.push(source(), rows_expected=2)
+    stored = shop.rows()["p1"]
+    assert (stored["title"], stored["attributes"]) == ("blue shirt", {"price": 2})
+    wanted = shop.encoders.by_release[RELEASE].vector("blue shirt", b"")
+    assert float(np.dot(stored["vector"], wanted)) > 0.999
 
 
 # ── a pass over everything ───────────────────────────────────────────────────────────────
@@ -312,3 +330,11 @@ def test_a_comment_in_a_photo_costs_neither_its_row_nor_the_push(format: str) ->
     Image.new("RGB", (64, 64), (200, 0, 0)).save(buffer, format, **more)
     assert len(buffer.getvalue()) > 1000
     assert len(thumbnail(buffer.getvalue())) < 2000
+
+
+def test_a_load_holds_one_row_group_at_a_time(tmp_path: Path) -> None:
+    """Groups end where their rows are heavy: several may be more than a Milvus takes at once."""
+    with ShardWriter(tmp_path / "s.parquet") as writer:
+        for start in (0, 3):
+            writer.write([product_row(f"p{start + at}", 8) for at in range(3)])
+    assert [len(rows) for rows in rows_of(tmp_path / "s.parquet", 8)] == [3, 3]

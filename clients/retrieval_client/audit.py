@@ -57,7 +57,8 @@ KINDS = {
     "unseen": "counted, but not among the rows that Milvus shows; or stored meanwhile",
 }
 ROTTEN = ("other_release", "duplicate", "not_finite", "norm", "damaged", "differs")
-"""Deleted before a repair, for their hashes may be right."""
+"""Deleted before a repair, for their hashes may be right; what the source lacks is left to the
+push, which asks before it deletes much."""
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Found:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     examples: dict[str, list[str]] = field(default_factory=dict)
     rotten: list[str] = field(default_factory=list)
+    """Ids of the source whose rows are one of ROTTEN."""
 
     def say(self, kind: str, product_id: str) -> None:
         """One more."""
@@ -137,6 +139,7 @@ class Audit:
                     found.say("surplus", product_id)
                 if encoders:
                     encode_again(collection, encoders, chosen.items, found)
+                found.rotten = [i for i in found.rotten if book.says(i)]
         return report
 
     def mend(self, report: AuditReport) -> None:

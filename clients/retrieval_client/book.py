@@ -107,6 +107,11 @@ class Book:
         ).fetchone()
         return int(count)
 
+    def says(self, product_id: str) -> bool:
+        """Whether the source has a row of this id."""
+        wanted = "SELECT 1 FROM source WHERE id = ?"
+        return self._db.execute(wanted, (product_id,)).fetchone() is not None
+
     def ids(self) -> Iterator[str]:
         """Every id of the source."""
         return (product_id for (product_id,) in self._db.execute("SELECT id FROM source"))

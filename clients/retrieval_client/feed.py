@@ -143,12 +143,14 @@ class Feed:
         return len(candidates) - len(encode) - len(renew) + self.fed.stored - before
 
     def _renew(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Ready with the vectors that are stored; those that are not as written are returned."""
+        """Ready with the vectors that are stored; returned are those whose vector is not as it was
+        written, or by now of other content: another push may have been there since we looked."""
         ids, again = [candidate.id for candidate in candidates], []
-        found = self._patiently(partial(self.collection.of_ids, ids, CHECKED))
+        fields = [CONTENT_HASH.name, *CHECKED]
+        found = self._patiently(partial(self.collection.of_ids, ids, fields))
         for candidate in candidates:
-            stored = found.get(candidate.id)
-            if stored and is_as_written(stored):
+            stored, content = found.get(candidate.id), candidate.content_hash(self.release_id)
+            if stored and stored[CONTENT_HASH.name] == content and is_as_written(stored):
                 vector = np.asarray(stored[VECTOR.name], np.float32)
                 self.fed.renewed += 1
                 self.make_ready(candidate, vector, self.thumbnail(candidate))
