@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -20,6 +20,8 @@ FIRST_LOOK, FURTHER_LOOK = 4, 8
 DEEPEST = 1024
 """Hits that are looked at for a page that ends before them, whatever groups or equal scores it has;
 for later pages that is MAX_RESULTS."""
+EQUAL = 1e-6
+"""Scores that differ by less are equal: some 16 times the step of a float32 near 1."""
 
 
 class End(StrEnum):
@@ -49,7 +51,7 @@ Nearest = Callable[[Array, Ask, Deadline], list[list[Hit]]]
 class _Found:
     """The best hits of one query, in the order of pages, and whether these are all.
 
-    `floor`: hits of this score may be missing, of higher ones none is.
+    `floor`: the best score that is equal to the last one: such hits may be missing.
     """
 
     hits: list[Hit]
@@ -114,7 +116,8 @@ class Finder:
         self, queries: Sequence[Query], vectors: Array, how: Hybrid, deadline: Deadline
     ) -> tuple[list[list[Hit]], list[bool]]:
         """Both routes, and whether they have all; a query without a text has the one."""
-        ask = self.options.ask(how.depth)
+        depth = min(how.depth + any(query.like for query in queries), MAX_RESULTS)
+        ask = self.options.ask(depth)
         by_vector = self.nearest(vectors, ask, deadline)
         worded = [row for row, query in enumerate(queries) if query.text]
         by_words: dict[int, list[Hit]] = {}
@@ -122,20 +125,23 @@ class Finder:
             texts = [queries[row].text for row in worded]
             words = self.collection.search_words(texts, ask, deadline)
             by_words = dict(zip(worded, words, strict=True))
-        fused = [
-            how.fuse(ordered(hits), ordered(by_words.get(row, [])))
-            for row, hits in enumerate(by_vector)
-        ]
-        return fused, [len(hits) < how.depth for hits in by_vector]
+        fused = []
+        for row, hits in enumerate(by_vector):
+            like = queries[row].like  # the best of its own list, all others would be scaled to it
+            lists = (without(like, hits), without(like, by_words.get(row, [])))
+            fused.append(how.fuse(*(ordered(each)[: how.depth] for each in lists)))
+        return fused, [len(hits) < depth for hits in by_vector]
 
     def _good(self, query: Query, hits: list[Hit], all_there: bool) -> _Found:
         """Those of a high enough score; below the first of the others there is none."""
         least, group_by = self.options.min_score, self.options.group_by
-        floor = hits[-1].score if hits else 0.0
-        if least is not None and floor < least:
-            hits, all_there = [hit for hit in hits if hit.score >= least], True
-        if query.like:
-            hits = [hit for hit in hits if hit.id != query.like]
+        floor = 0.0
+        if hits:
+            *_, last = runs(hits)
+            floor = last[0].score
+            if least is not None and last[-1].score < least:
+                hits, all_there = [hit for hit in hits if hit.score >= least], True
+        hits = without(query.like, hits)
         return _Found(best_of_groups(hits, group_by) if group_by else hits, all_there, floor)
 
     def _page(self, found: _Found) -> Hits:
@@ -150,9 +156,30 @@ class Finder:
         return Hits(hits, end)
 
 
+def without(product_id: str, hits: Iterable[Hit]) -> list[Hit]:
+    """All but one product's."""
+    return [hit for hit in hits if hit.id != product_id]
+
+
 def ordered(hits: Iterable[Hit]) -> list[Hit]:
     """Best first; of equal ones, which Milvus gives in any order, by id."""
-    return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+    return [hit for run in runs(hits) for hit in sorted(run, key=lambda hit: hit.id)]
+
+
+def runs(hits: Iterable[Hit]) -> Iterator[list[Hit]]:
+    """Best first, equal ones together: what differs from the next by less than EQUAL.
+
+    Equal vectors score unlike in their last bits, by how many queries travel in a call and which
+    segment a row lies in.
+    """
+    run: list[Hit] = []
+    for hit in sorted(hits, key=lambda hit: -hit.score):
+        if run and run[-1].score - hit.score >= EQUAL:
+            yield run
+            run = []
+        run.append(hit)
+    if run:
+        yield run
 
 
 def best_of_groups(hits: Sequence[Hit], attribute: str) -> list[Hit]:
