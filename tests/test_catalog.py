@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from retrieval_client.catalog import Role
 from retrieval_client.collection import Ask
 from retrieval_client.index import KINDS, index_of
 from retrieval_client.records import check_id, id_filter
+from retrieval_client.releases import Releases
 from retrieval_contract import models
 from retrieval_contract.errors import (
     CatalogUnavailable,
@@ -225,9 +227,15 @@ def test_a_collection_without_an_index_is_said_and_mended(store: Settings) -> No
             client.drop_index(stored.name, "vector")
 
         lose()
-        if not catalog.milvus.lite:
+        if not (lite := catalog.milvus.lite):
             with pytest.raises(CatalogUnavailable, match=r"tune --kind.* cut short: run it again"):
                 catalog.find()
+        releases = Releases(store, SimpleNamespace(sort=dict), catalog)  # type: ignore[arg-type]
+        (told,) = releases.status()
+        assert told.roles == (Role.SERVING,)
+        assert (told.rows, "cut short" in told.problem) == ((0, False) if lite else (None, True))
+        catalog.point(stored.name, Role.CANDIDATE)
+        assert releases.abort().name == stored.name, "what cannot be loaded can be cleared away"
         catalog.mend(Role.SERVING)
         assert index_of(catalog.serving(max_age_s=0)).kind in KINDS
         lose()

@@ -103,17 +103,24 @@ class Catalog:
         with self._lock:
             self._known.clear()
 
-    def _look(self, alias: str, deadline: Deadline) -> Collection | None:
+    def _look(self, alias: str, deadline: Deadline, *, ready: bool = True) -> Collection | None:
         if not self.milvus.exists:
             return None
+        look = self._behind if ready else self._described
         for _ in range(LOOKS):
             with suppress(CollectionGone):  # dropped between two questions: what is there now?
                 return self.milvus.within(
-                    deadline, f"look at {alias}", lambda: self._behind(alias, deadline)
+                    deadline, f"look at {alias}", lambda: look(alias, deadline)
                 )
         return None  # an alias of a collection that is no more, as old servers keep them
 
     def _behind(self, alias: str, deadline: Deadline) -> Collection | None:
+        collection = self._described(alias, deadline)
+        if collection and collection.info.release_id:  # else somebody else's, not ours to load
+            collection.load(deadline)
+        return collection
+
+    def _described(self, alias: str, deadline: Deadline) -> Collection | None:
         found = self._description(alias, deadline)
         if found is None:
             return None
@@ -125,10 +132,7 @@ class Catalog:
             properties,
             has_words=any(f["name"] == WORDS.name for f in found["fields"]),
         )
-        collection = Collection(self.milvus, info)
-        if info.release_id:  # else it is somebody else's, and not for us to load
-            collection.load(deadline)
-        return collection
+        return Collection(self.milvus, info)
 
     def _description(self, alias: str, deadline: Deadline) -> dict[str, Any] | None:
         client = self.milvus.client
@@ -169,6 +173,13 @@ class Catalog:
     def roles(self, *, max_age_s: float = 0.0) -> dict[Role, Collection]:
         """What each role means now; a collection has two while it is promoted."""
         found = {role: self.find(role, max_age_s=max_age_s) for role in Role}
+        return {role: collection for role, collection in found.items() if collection}
+
+    def named(self) -> dict[Role, Collection]:
+        """As `roles`, but nothing is loaded: so one that cannot be, for want of an index, hinders
+        nobody."""
+        patience_s = self.milvus.write_timeout_s
+        found = {r: self._look(self.alias + r, Deadline(patience_s), ready=False) for r in Role}
         return {role: collection for role, collection in found.items() if collection}
 
     def built(self) -> dict[str, str]:

@@ -34,14 +34,18 @@ TRIAL = "is it there"
 
 @dataclass(frozen=True)
 class Standing:
-    """One collection: its roles, what it holds, the last verdict on it, and who encodes for it."""
+    """One collection: its roles, what it holds, the last verdict on it, and who encodes for it.
+
+    `rows` is None, and `problem` says why, where it cannot be read.
+    """
 
     name: str
     release_id: str
     roles: tuple[Role, ...]
-    rows: int
+    rows: int | None
     verdict: Verdict | None
     served_by: str
+    problem: str = ""
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Releases:
     def prepare(self, release_id: str | None = None) -> Collection:
         """The candidate's collection, made if there is none."""
         served = self.encoders.served()
-        roles = self._roles()
+        roles = self.roles()
         there = roles.get(Role.CANDIDATE)
         if there and there.name == roles[Role.SERVING].name:  # a promotion that died at its end
             self.catalog.unpoint(Role.CANDIDATE)
@@ -124,7 +128,7 @@ class Releases:
 
         Raises NotVerified unless it was verified as it is now, or `certain`.
         """
-        roles = self._let_go(self._roles())
+        roles = self._let_go(self.roles())
         serving, candidate = roles[Role.SERVING], roles.get(Role.CANDIDATE)
         if candidate is None:
             raise CatalogError(
@@ -133,6 +137,8 @@ class Releases:
             )
         if candidate.name != serving.name:
             if not certain:
+                candidate.load()
+                serving.load()
                 check_verdict(candidate, serving)
             self._try(candidate)
             self.catalog.point(serving.name, Role.PREVIOUS)
@@ -145,7 +151,7 @@ class Releases:
 
         Where another candidate is being built already, it becomes the previous one instead.
         """
-        roles = self._roles()
+        roles = self.roles()
         serving, held = roles[Role.SERVING], roles.get(Role.HELD)
         roles = self._let_go(roles)
         if held and held.name != serving.name:  # a rollback that died after its move
@@ -182,13 +188,14 @@ class Releases:
 
     def _try(self, collection: Collection) -> None:
         """Its server encodes, and it can be searched; raises what a search would."""
+        collection.load()
         encoded = self.encoders.for_collection(collection.info).encode_queries([TRIAL], fresh=True)
         collection.search(encoded.vectors)
 
     # ── clearing away ────────────────────────────────────────────────────────────────────
     def abort(self) -> Collection:
         """Drop the candidate, unless it is in use."""
-        roles = self._roles()
+        roles = self.roles()
         if (candidate := roles.pop(Role.CANDIDATE, None)) is None:
             raise CatalogError(f"{self.catalog.alias}: expected a candidate, got none")
         self.catalog.unpoint(Role.CANDIDATE)
@@ -201,7 +208,7 @@ class Releases:
 
         An alias goes before its collection: a later Milvus refuses, and an earlier one leaves it.
         """
-        roles, cleared = self._let_go(self._roles()), Cleared()
+        roles, cleared = self._let_go(self.roles()), Cleared()
         serving = roles[Role.SERVING].name
         for role in (Role.CANDIDATE, Role.PREVIOUS):
             found = roles.get(role)
@@ -223,21 +230,29 @@ class Releases:
     # ── looking ──────────────────────────────────────────────────────────────────────────
     def status(self) -> list[Standing]:
         """Every collection of the catalog, the serving one first."""
-        roles, encoders = self._roles(), self.encoders.sort()
+        roles, encoders = self.roles(), self.encoders.sort()
         found = []
         for name, release_id in self.catalog.built().items():
             mine = tuple(role for role, each in roles.items() if each.name == name)
-            collection = roles[mine[0]] if mine else self.catalog.of_name(name)
-            if collection:
-                verdict = Verdict.of(collection)
-                by = encoders[release_id].address if release_id in encoders else ""
-                found.append(Standing(name, release_id, mine, collection.count(), verdict, by))
+            by = encoders[release_id].address if release_id in encoders else ""
+            try:
+                collection = roles[mine[0]] if mine else self.catalog.of_name(name)
+                if not collection:
+                    continue
+                collection.load()
+                rows, verdict, problem = collection.count(), Verdict.of(collection), ""
+            except CatalogError as exc:
+                rows, verdict, problem = None, None, str(exc)
+            found.append(Standing(name, release_id, mine, rows, verdict, by, problem))
         order = list(Role)
         return sorted(found, key=lambda s: order.index(s.roles[0]) if s.roles else len(order))
 
-    def _roles(self) -> dict[Role, Collection]:
-        self.catalog.serving(max_age_s=0.0)  # raises where nothing was pushed yet
-        return self.catalog.roles()
+    def roles(self) -> dict[Role, Collection]:
+        """What each role means, not loaded; CollectionGone where nothing was pushed yet."""
+        found = self.catalog.named()
+        if Role.SERVING not in found:
+            self.catalog.serving(max_age_s=0.0)  # raises, and says what to do
+        return found
 
 
 def check_verdict(candidate: Collection, serving: Collection) -> None:
@@ -279,6 +294,8 @@ def unfinished(standings: Iterable[Standing]) -> list[str]:
     said = []
     for each in standings:
         roles = set(each.roles)
+        if each.problem:
+            said.append(f"{each.name} cannot be read: {each.problem}")
         if {Role.SERVING, Role.CANDIDATE} <= roles:
             said.append(
                 f"{each.name} serves and is still the candidate: `promote` ends a promotion, "

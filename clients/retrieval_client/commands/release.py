@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,20 +16,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from retrieval_client.catalog import Catalog
+from retrieval_client.catalog import Catalog, Role
 from retrieval_client.changes import PICTURE_FILE, REPORT_FILE
 from retrieval_client.collection import Collection
-from retrieval_client.commands.push import add_source, progress_bar, source_of
+from retrieval_client.commands.push import add_columns, add_source, progress_bar, source_of
 from retrieval_client.commands.shared import EXIT_REFUSED, console, rejects_file
 from retrieval_client.feed import Plan
 from retrieval_client.fleet import Encoders
 from retrieval_client.judged import Asked
 from retrieval_client.releases import Releases, Standing, apart, unfinished
 from retrieval_client.settings import Settings
-from retrieval_client.sources import Columns, Source
 from retrieval_client.verify import NDCG_LOSS, Verification, Verify, Wanted
 from retrieval_contract.door import Lane
-from retrieval_contract.errors import SourceError
+from retrieval_contract.errors import CatalogError, SourceError
 from retrieval_contract.probes import Probes
 
 REPORT = Path("build/verification")
@@ -50,8 +50,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
         "verify", parents=[shared], help="is the candidate fit to be searched"
     )
     verify.add_argument("--source", type=Path, help="what it should hold, as for push")
-    for role in ("id", "title", "image"):
-        verify.add_argument(f"--{role}-column", help=f"column of --source that holds the {role}")
+    add_columns(verify)
     verify.add_argument("--no-thumbnails", action="store_true", help="as it was pushed")
     verify.add_argument("--probes", type=Path, help="folder of the release, for its golden vectors")
     verify.add_argument("--queries", type=Path, help="CSV with `query`; default: titles")
@@ -117,9 +116,8 @@ def run_build(args: argparse.Namespace, settings: Settings) -> int:
 
 def run_verify(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval release verify`: 0 when every check passed."""
-    columns = Columns().given(id=args.id_column, title=args.title_column, image=args.image_column)
     wanted = Wanted(
-        source=Source(args.source, columns).rows() if args.source else None,
+        source=source_of(args).rows() if args.source else None,
         thumbnails=not args.no_thumbnails,
         probes=Probes.load(args.probes) if args.probes else None,
         asked=_asked(args),
@@ -167,11 +165,16 @@ def run_promote(args: argparse.Namespace, settings: Settings) -> int:
 def run_rollback(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval release rollback`."""
     with releases(settings) as ours:
-        before = ours.catalog.serving(max_age_s=0.0)
+        before = ours.roles()[Role.SERVING]
         now = ours.rollback()
         if not args.json:  # at once: to compare takes its time
             _serves(args, now)
-        differs = apart(now, before)
+        try:
+            before.load()
+            differs = apart(now, before)
+        except CatalogError as exc:  # maybe the very reason for going back
+            console.print(f"what served before cannot be compared: {exc}", markup=False)
+            differs = Counter()
     if args.json:
         return _serves(args, now, differs=differs)
     if differs:
@@ -215,7 +218,8 @@ def run_status(args: argparse.Namespace, settings: Settings) -> int:
     for each in found:
         roles = ", ".join(role.name.lower() for role in each.roles) or "none"
         by = each.served_by or "nobody"
-        table.add_row(each.release_id, roles, str(each.rows), _verified(each), by)
+        rows = "cannot be read" if each.rows is None else str(each.rows)
+        table.add_row(each.release_id, roles, rows, _verified(each), by)
     Console().print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)
