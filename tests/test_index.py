@@ -245,3 +245,7 @@ def test_the_commands_measure_and_tune(
     with pytest.raises(SystemExit) as ended:
         main(["index", "recall", *shared, "--role", "candidate"])
     assert "expected a candidate collection" in capsys.readouterr().out
+    queries.write_text("x" * 5000)
+    with pytest.raises(SystemExit) as ended:
+        main(["index", "tune", *shared, "--queries", str(queries)])
+    assert "expected queries that can be encoded, got 1 that cannot" in capsys.readouterr().out

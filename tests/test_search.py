@@ -382,6 +382,8 @@ def test_the_command_takes_all_of_it(
         assert {"name", "rank", "score", "share"} == set(said[0]["hits"][0]["routes"][0])
     else:
         assert (code, said["error"]) == (1, "Unsupported")
+    said = retrieval(shop, capsys, "mug", "dress", "mug")[1]
+    assert [each["query"] for each in said] == ["mug", "dress", "mug"]
     assert retrieval(shop, capsys)[1]["error"] == "ContractError"
     assert retrieval(shop, capsys, "x", "--page", 0)[1]["error"] == "ContractError"
     assert retrieval(shop, capsys, "x", "--where", "a = 1")[1]["error"] == "FilterError"

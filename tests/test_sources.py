@@ -244,6 +244,36 @@ def test_a_named_column_must_be_there(tmp_path: Path) -> None:
         rows_of(path, Columns().given(image="photo"))
 
 
+def test_a_named_column_must_be_in_some_json_line(tmp_path: Path) -> None:
+    """Of the first thousand: lines leave out what is null, and a wrong name would be in none."""
+    path = tmp_path / "c.jsonl"
+    lines = ["oops", *['{"id": "a", "title": "x"}'] * 3, '{"id": "b", "label": "red"}', ""]
+    path.write_text("\n".join(lines))
+    assert [row.title for row in rows_of(path, Columns().given(title="label"))][-1] == b"red"
+    with pytest.raises(SourceError, match=r"column for the title \(lable\), got .*'label'"):
+        rows_of(path, Columns().given(title="lable"))
+    path.write_text("\n")
+    assert rows_of(path, Columns().given(title="lable")) == []
+
+
+def test_columns_of_a_csv_may_hold_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("id,title,price,sku\n1,a,12.5,007\n2,b,9,008\n3,c,,009\n4,d,cheap,010\n")
+    rows = list(Source(path, numbers=("price",)).rows())
+    assert [row.attributes for row in rows[:3]] == [
+        {"price": 12.5, "sku": "007"},
+        {"price": 9, "sku": "008"},
+        {"sku": "009"},
+    ]
+    assert "price: expected a number such as 12.5, got cheap" in str(rows[3].problem)
+    with pytest.raises(SourceError, match=r"expected columns \['cost'\], as --number says, got"):
+        list(Source(path, numbers=("cost",)).rows())
+    lines = tmp_path / "c.jsonl"
+    lines.write_text('{"id": 1, "title": "a"}')
+    with pytest.raises(SourceError, match=r"expected a \.csv file with --number"):
+        list(Source(lines, numbers=("price",)).rows())
+
+
 def test_a_data_folder_is_paired_by_the_named_id(tmp_path: Path) -> None:
     columns = {"sku": ["a", "b"], "row": [1, 2]}
     write_parquet(tmp_path / "products.parquet", **columns, title=["x", "y"])
@@ -321,6 +351,14 @@ def test_a_parquet_cell_that_cannot_be_read_costs_its_row(tmp_path: Path) -> Non
     path = write_parquet(tmp_path / "c.parquet", id=["a", "b", "c"], title=titles, since=days)
     rows = rows_of(path)
     assert [row.id for row in rows] == ["a", "b", "c"]
+    tags = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), titles)
+    for column in (tags, titles.dictionary_encode()):
+        path = write_parquet(
+            tmp_path / "t.parquet", id=["a", "b", "c"], title=["x"] * 3, tag=column
+        )
+        said = [row.problem for row in rows_of(path)]
+        assert "tag: cannot be read" in str(said[1])
+        assert said[::2] == [None, None]
     assert rows[0].problem is None
     assert rows[1].title == b"caf\xe9", "refused for its bytes, like that of a CSV"
     assert "since: cannot be read" in str(rows[2].problem)

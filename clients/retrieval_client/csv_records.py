@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from retrieval_contract.errors import ItemError, Reason, SourceError
 
@@ -25,6 +26,25 @@ def csv_records(
     rows = _rows(path, file)
     header = next(rows, [])
     return header, (_record(header, values) for values in rows)
+
+
+def with_numbers(
+    record: dict[str, str] | ItemError, columns: Sequence[str]
+) -> dict[str, Any] | ItemError:
+    """A record whose texts in these columns are numbers; an empty cell stays one."""
+    if isinstance(record, ItemError):
+        return record
+    return {**record, **{name: _number(name, record[name]) for name in columns}}
+
+
+def _number(name: str, text: str) -> int | float | str | ItemError:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    if not text.strip():
+        return ""
+    detail = f"{name}: expected a number such as 12.5, got {text[:SHOWN]}; correct the cell"
+    return ItemError(Reason.BAD_ATTRIBUTES, detail)
 
 
 def _rows(path: Path, file: IO[str]) -> Iterator[list[str]]:

@@ -227,7 +227,7 @@ def _least(
                 f"{index} {params}: {share:.1%} of the rows: recall@{DEPTH} {found[share]:.4f}, "
                 f"at least {sure:.4f}"
             )
-            if sure < wanted:
+            if not sure >= wanted:
                 break
         else:
             return params, found

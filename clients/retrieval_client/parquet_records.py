@@ -70,7 +70,7 @@ def _cell(name: str, cell: Any) -> Any:
     """Text that is not UTF-8 as its bytes, so that its row is refused for that."""
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
-        return cell.as_buffer().to_pybytes()
     except (ValueError, OverflowError) as exc:
+        if isinstance(exc, UnicodeDecodeError) and hasattr(cell, "as_buffer"):
+            return cell.as_buffer().to_pybytes()
         return ItemError(Reason.BAD_ATTRIBUTES, f"{name}: cannot be read ({exc})")

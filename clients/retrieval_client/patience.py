@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from retrieval_contract.errors import CatalogUnavailable, DeadlineExceeded, ServerUnavailable
+from retrieval_contract.errors import (
+    AccessDenied,
+    CatalogUnavailable,
+    DeadlineExceeded,
+    ServerUnavailable,
+)
 
 AWAY = (ServerUnavailable, DeadlineExceeded, CatalogUnavailable)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
@@ -17,7 +22,8 @@ T = TypeVar("T")
 
 
 class Patient:
-    """Repeats calls while their server is away, at growing, random intervals, for `retry_s`.
+    """Repeats calls while their server is away, at growing, random intervals, for `retry_s`; not
+    where it refuses us.
 
     Only for calls that may be repeated without harm: encoding, upserts, deletes, reads.
     """
@@ -37,8 +43,8 @@ class Patient:
         while True:
             try:
                 return call()
-            except AWAY:
-                if time.monotonic() + pause > end:
+            except AWAY as exc:
+                if isinstance(exc, AccessDenied) or time.monotonic() + pause > end:
                     raise
                 if self._stopped.wait(pause * random.uniform(0.5, 1.0)):
                     raise

@@ -275,8 +275,11 @@ def rows_of(path: Path, vector_dim: int) -> Iterator[list[ProductRow]]:
 
 def _batches(path: Path, names: list[str]) -> Iterator[Any]:
     with open_shard(path) as file:
-        try:
-            yield from file.iter_batches(GROUP_ROWS, columns=names, use_threads=False)
+        try:  # a group at a time: a batch over several may be more than Milvus takes
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(
+                    GROUP_ROWS, row_groups=[group], columns=names, use_threads=False
+                )
         except (OSError, pa.ArrowException) as exc:
             raise _broken(path, exc) from exc
 

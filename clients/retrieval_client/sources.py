@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from retrieval_client.csv_records import csv_records
+from retrieval_client.csv_records import csv_records, with_numbers
 from retrieval_client.parquet_records import Record, open_parquet, parquet_records
 from retrieval_contract.errors import ItemError, Reason, SourceError
 from retrieval_contract.preprocess import MAX_IMAGE_BYTES
@@ -103,10 +103,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A source that can be read again; `rows_expected` is None where only reading tells."""
+    """A source that can be read again; `rows_expected` is None where only reading tells.
+
+    `numbers`: columns of a CSV file, whose cells are texts, that hold numbers.
+    """
 
     path: Path
     columns: Columns = Columns()
+    numbers: tuple[str, ...] = ()
 
     @property
     def rows_expected(self) -> int | None:
@@ -132,6 +136,11 @@ class Source:
 
     def _read(self, part: Part) -> Iterator[SourceRow]:
         path = self.path
+        if self.numbers and path.suffix != ".csv":
+            raise SourceError(
+                f"{path}: expected a .csv file with --number, as others say what a number is; "
+                "leave it out"
+            )
         if path == STDIN:
             return self._json_lines(sys.stdin.buffer, Path(), part)
         if not path.exists():
@@ -206,8 +215,14 @@ class Source:
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header, records = csv_records(self.path, file)
             columns = self.columns.find_in_header(self.path, header)
+            if lacking := set(self.numbers) - set(header):
+                raise SourceError(
+                    f"{self.path}: expected columns {sorted(lacking)}, as --number says, got "
+                    f"{sorted(header)}"
+                )
             records = islice(records, part.start, part.stop)
-            yield from _rows(records, columns, self.path.parent, part)
+            numbered = (with_numbers(record, self.numbers) for record in records)
+            yield from _rows(numbered, columns, self.path.parent, part)
 
     def _jsonl(self, part: Part) -> Iterator[SourceRow]:
         with self.path.open("rb") as file:
@@ -217,6 +232,7 @@ class Source:
         """Lines have no header, and may leave out what is null: the first line that has a column
         for a role, of SETTLED lines, settles it; another column is then an attribute."""
         settled: dict[str, str] = {}
+        lines = self._insisted(iter(lines)) if self.columns.insisted else lines
         for number, line in islice(enumerate(lines, start=1), part.stop):
             skipped = number <= part.start
             if (skipped and number > SETTLED) or not line.strip():
@@ -228,6 +244,21 @@ class Source:
                 settled = columns
             if not skipped:
                 yield _row(record, part.wanted(columns), number, folder)
+
+    def _insisted(self, lines: Iterator[bytes]) -> Iterator[bytes]:
+        """The same lines; SourceError where the first SETTLED lack a column that was named."""
+        first: list[bytes] = []
+        there: set[str] = set()
+        while not self.columns.insisted <= set(self.columns.find(tuple(there))):
+            line = next(lines, b"") if len(first) < SETTLED else b""
+            if not line and there:
+                self.columns.find_in_header(self.path, tuple(there))  # raises
+            if not line:
+                break
+            first.append(line)
+            record = _json_object(line)
+            there |= set() if isinstance(record, ItemError) else set(record)
+        return chain(first, lines)
 
 
 def _json_object(line: bytes) -> Read:

@@ -29,6 +29,12 @@ from retrieval_contract.errors import (
     ServerUnavailable,
 )
 
+
+class Untrusted(AccessDenied, ServerUnavailable):
+    """TLS does not let us talk to a server that is there: one of several is as good as away, but no
+    time mends it."""
+
+
 TRITON = {
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
     # While draining or loading, Triton says that a model it has is unknown.
@@ -46,6 +52,13 @@ TEXTS = (
     (re.compile(rf"(^|, ){Refusal.LATE}: "), DeadlineExceeded),
     (re.compile("Server is stopping|no available versions"), ServerDraining),
     (re.compile("protocol is restricted"), AccessDenied),
+    (
+        re.compile(
+            "CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|Hostname Verification Check failed"
+            "|security handshaker"
+        ),
+        Untrusted,
+    ),
     (re.compile("Stub process .* is not healthy"), ServerUnavailable),
     # INVALID_ARGUMENT, of lengths that lie: ours do not.
     (re.compile(r"\bstrings? (.* )?for inference input '"), BadCompany),
@@ -56,9 +69,14 @@ NEXT_STEP = {
     "keep the port among clients that are known",
     ServerDraining: "ask another replica, or wait until it is back",
     AccessDenied: "give the key that the server was started with",
+    Untrusted: "see tls_ca, tls_name and the server's certificate: its dates, its names, who "
+    "signed it; a server in the clear wants no tls_ca",
     ServerUnavailable: "start it with `make serve`, or give --triton",
     DeadlineExceeded: "the server is overloaded or hung; raise the deadline or look at its log",
 }
+# Whoever expects TLS, or a certificate, hangs up on one who has none.
+HUNG_UP = re.compile("failed to connect .*Socket closed")
+HUNG_UP_STEP = "it may expect TLS (tls_ca), or a certificate of ours (tls_cert, tls_key)"
 
 # pymilvus: 2 = cannot connect (or a wrong token). The server, while it starts, stops or recovers:
 # 9 = refuses all writes or reads for now; 101, 103 = collection still loading; 201, 202 = partition
@@ -82,12 +100,12 @@ def triton_errors(address: str, what: str) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as exc:
-        kind = TRITON.get(exc.code(), ServerError)
+        kind, said = TRITON.get(exc.code(), ServerError), exc.details() or ""
         if kind in (ServerUnavailable, ServerError, RequestRefused):
-            said = exc.details() or ""
             kind = next((named for text, named in TEXTS if text.search(said)), kind)
         step = f"; {NEXT_STEP[kind]}" if kind in NEXT_STEP else ""
-        raise kind(f"Triton at {address}, {what}: {exc.details()}{step}") from exc
+        step += f"; {HUNG_UP_STEP}" if HUNG_UP.search(said) else ""
+        raise kind(f"Triton at {address}, {what}: {said}{step}") from exc
 
 
 @contextmanager

@@ -97,6 +97,11 @@ def measurable(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[C
             )
         encoded = encoders.for_collection(collection.info).encode_queries(texts)
         good = [row for row, error in enumerate(encoded.errors) if error is None]
+        if not good:
+            raise SourceError(
+                f"{args.queries}: expected queries that can be encoded, got {len(texts)} that "
+                f"cannot, the first since {encoded.errors[0]}; give others"
+            )
         yield collection, encoded.vectors[good]
 
 

@@ -40,15 +40,27 @@ def add_source(command: argparse.ArgumentParser) -> None:
         help=".parquet, .csv, .jsonl, a folder (products.parquet or images), or - for JSON lines "
         "on stdin",
     )
+    add_columns(command)
+    command.add_argument("--no-thumbnails", action="store_true", help="store no small photos")
+
+
+def add_columns(command: argparse.ArgumentParser) -> None:
+    """Which column of the source is which."""
     for role in ("id", "title", "image"):
         command.add_argument(f"--{role}-column", help=f"column that holds the {role}")
-    command.add_argument("--no-thumbnails", action="store_true", help="store no small photos")
+    command.add_argument(
+        "--number",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="a column of numbers in a CSV file, where all are texts; price, say",
+    )
 
 
 def source_of(args: argparse.Namespace) -> Source:
     """The source that the flags name."""
     columns = Columns().given(id=args.id_column, title=args.title_column, image=args.image_column)
-    return Source(args.source, columns)
+    return Source(args.source, columns, tuple(args.number))
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:

@@ -94,17 +94,20 @@ def options_of(args: argparse.Namespace) -> OptionFields:
     return found
 
 
-def queries_of(args: argparse.Namespace) -> dict[str, Query]:
-    """What is looked for, by how it is called."""
+def queries_of(args: argparse.Namespace) -> list[tuple[str, Query]]:
+    """What is looked for, each with how it is called."""
     image = args.image.read_bytes() if args.image else b""
     with_it = [f"image {args.image}"] * bool(args.image) + [f"like {args.like}"] * bool(args.like)
     texts = args.queries or [""] * bool(with_it)
     if not texts:
         raise ContractError("search: expected a text, --image or --like, got none; give one")
-    return {
-        " + ".join([text] * bool(text or not with_it) + with_it): Query(text, image, args.like)
+    return [
+        (
+            " + ".join([text] * bool(text or not with_it) + with_it),
+            Query(text, image, args.like),
+        )
         for text in texts
-    }
+    ]
 
 
 def parameter(text: str) -> tuple[str, Any]:
@@ -134,17 +137,18 @@ def picture_path(text: str) -> Path:
 def run_search(args: argparse.Namespace, settings: Settings) -> int:
     """`retrieval search`: good queries are answered, bad ones said."""
     ledger: dict[str, float] = {}
-    asked, options = queries_of(args), options_of(args)
+    options = options_of(args)
+    called, asked = zip(*queries_of(args), strict=True)
     with ProductSearch(settings, explain=args.explain) as search:
         if args.explain:
-            found, ledger = explained(search, list(asked.values()), options)
+            found, ledger = explained(search, asked, options)
         else:
-            found = search.many(list(asked.values()), **options)
+            found = search.many(asked, **options)
         shadow = search.shadow.report(wait_s=settings.timeout_s) if settings.shadow else None
-    answers = list(zip(asked, found, strict=True))
-    good = {query: hits for query, hits in answers if not isinstance(hits, ItemError)}
+    answers = list(zip(called, found, strict=True))
+    good = [(query, hits) for query, hits in answers if not isinstance(hits, ItemError)]
     if args.image_out and good:
-        draw_results(list(good), list(good.values()), args.image_out)
+        draw_results([query for query, _ in good], [hits for _, hits in good], args.image_out)
     if args.json:
         said = [_answer_json(query, hits) for query, hits in answers]
         more: dict[str, Any] = {"ledger_ms": ledger} if args.explain else {}
