@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
+from towers import ablation, students
 from towers.ablation import HEADLINE, KNOWN_ITEM, main, parser, recipe_of, table_of
 from towers.checkpoint import save_make
 
@@ -46,6 +48,15 @@ def test_a_recipe_is_changed_for_every_variant(capsys: pytest.CaptureFixture[str
         said = capsys.readouterr().err
         assert "expected FIELD=NUMBER with one of epochs, batch," in said
         assert repr(wrong) in said
+
+
+@pytest.mark.parametrize("command", [ablation, students])
+def test_who_reports_on_the_held_out_side_cannot_train_on_it(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["--data", "x", "--everything"])
+    assert "unrecognized arguments: --everything" in capsys.readouterr().err
 
 
 def test_variants_are_trained_once_and_compared(

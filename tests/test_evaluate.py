@@ -21,12 +21,15 @@ from tests.tiny import tiny_make
 from towers.evaluate import evaluate, known_items
 from towers.learning import views
 from towers.learning.baselines import BASELINES
-from towers.learning.catalog import ProductData, Query, read_data
+from towers.learning.catalog import HIGHEST_GRADE, ProductData, Query, read_data
 from towers.learning.metrics import figures_of, mean_interval, ratio_interval
 from towers.learning.queries import QueryMaker, mistype
 from towers.learning.split import groups_of, is_held_out, sides_of
 from towers.learning.systems import BM25, Towers
 from towers.learning.words import words_of
+
+LOG = 1 / np.log2(3)
+"""What a gain is worth in the second place."""
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,31 @@ def test_a_query_is_drawn_whatever_the_script(values: tuple[str, ...]) -> None:
     assert any(query.attributes for query in drawn) == (values[0] != "-"), "a dash says nothing"
 
 
+@pytest.mark.parametrize("size", ["s", "XS", "eu s"])
+def test_a_size_is_no_plural(size: str) -> None:
+    data = ProductData("one", ["a"], [""], {"size": [size]}, [b""], [])
+    maker, rng = QueryMaker(data, ["size"]), random.Random(0)
+    assert {maker.draw(0, rng).text for _ in range(50)} == {size.lower()}
+
+
+@pytest.mark.parametrize(
+    ("column", "texts"),
+    [
+        ("gender", "acme, for acme"),
+        ("primary_color", "acme, in acme"),
+        ("Fabric", "acme, in acme, made of acme"),
+        ("Brand name", "acme, by acme, from acme"),
+        ("articleType", "acme"),
+    ],
+)
+def test_a_columns_name_says_how_its_values_are_asked_for(column: str, texts: str) -> None:
+    maker = QueryMaker(ProductData("", ["a"], [""], {column: ["Acme"]}, [b""], []), [column])
+    rng = random.Random(0)
+    drawn = {maker.draw(0, rng).text for _ in range(200)}
+    assert drawn >= {*texts.split(", ")}
+    assert {*" ".join(drawn).split()} == {*texts.replace(",", "").split()}
+
+
 def test_words_are_those_of_any_script() -> None:
     assert words_of("Größe café T-Shirts") == ["größe", "café", "tshirt"]
     assert not views.names_colour("Рубашка", "Красный")
@@ -235,6 +263,13 @@ def test_figures_are_the_textbooks() -> None:
     assert figures["capped_recall@10"] == pytest.approx(2 / 3)
     assert figures["recall@100"] == pytest.approx(2 / 3)
     assert "pool_ndcg@10" not in figures
+
+
+def test_the_highest_grade_can_be_counted() -> None:
+    query = Query("q", "", {"a": HIGHEST_GRADE, "b": HIGHEST_GRADE - 1})
+    for scores, wanted in (([2, 1], 1.0), ([1, 2], (511 + 1023 * LOG) / (1023 + 511 * LOG))):
+        figures = figures_of([query], ["a", "b"], np.array([scores], np.float32))
+        assert figures["ndcg@10"][0] == pytest.approx(wanted)
 
 
 def test_the_judged_pool_ranks_what_was_judged() -> None:

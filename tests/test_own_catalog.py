@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from retrieval_contract.errors import CheckpointError, SourceError
 from tests.conftest import ROOT
 from tests.judged import write_judged_catalog
 from tests.tiny import tiny_make
-from towers.checkpoint import SHIPPED, load_towers
+from towers.checkpoint import SHIPPED, TRAINING_FILE, file_hash, load_towers
 from towers.evaluate import asked_about, evaluate
 from towers.evaluate import parser as evaluate_parser
 from towers.evaluate import run as run_evaluation
@@ -76,10 +77,16 @@ def test_any_catalog_can_be_trained_on(what: str, start: Path, tmp_path: Path) -
 
 
 def test_no_other_subject_is_a_choice(folder: Path, start: Path, tmp_path: Path) -> None:
-    assert train(folder, start, tmp_path, "--general-texts", "0", "--query-layers", "1")["lesson"]
+    facts = train(
+        folder, start, tmp_path, "--general-texts", "0", "--query-layers", "1", "--everything"
+    )
+    assert facts["lesson"]
+    assert (facts["side"], facts["products"]) == ("all", 360), "the groups held out as well"
 
 
-def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -> None:
+def test_bad_command_lines_are_told(
+    folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(
         SourceError, match=r"expected columns \['size'\], got \['id', 'title', 'gen"
     ):
@@ -89,6 +96,10 @@ def test_bad_command_lines_are_told(folder: Path, start: Path, tmp_path: Path) -
         query_layers(args, tiny_make())
     with pytest.raises(CheckpointError, match="--query-layers 9: expected 1 to 2"):
         train(tmp_path / "nowhere", start, tmp_path, "--query-layers", "9")  # before anything else
+    for nothing in ("--epochs", "--rounds"):
+        with pytest.raises(SystemExit):
+            train(folder, start, tmp_path, nothing, "0")
+        assert f"{nothing}: expected a whole number from 1, got 0" in capsys.readouterr().err
     silent = catalog(tmp_path, 30, title=lambda at: "")
     with pytest.raises(SourceError, match="expected products with a title or an attribute"):
         train(silent, start, tmp_path)
@@ -150,8 +161,28 @@ def test_a_grown_catalog_is_asked_about_where_it_is_new(folder: Path, tmp_path: 
     assert asked_about(folder, None, [tmp_path]).ids == data.ids[1::2]
     assert len(asked_about(folder, "all", [tmp_path])) == 360
     save_trained_on(data, tmp_path, None)
-    with pytest.raises(SourceError, match="expected judged products on the side new, found none; "):
+    with pytest.raises(SourceError, match="side new that were not trained on, found none; --side"):
         asked_about(folder, None, [tmp_path])
+
+
+def test_a_start_that_was_trained_on_everything_leaves_nothing_held_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The second says that it was trained on one side; with its start it has seen them all."""
+    data = read_data(folder)
+    (tmp_path / "first").mkdir()
+    sides = {name: [data.ids[row] for row in rows] for name, rows in sides_of(data).items()}
+    facts = {"products_sha256": file_hash(folder / "products.parquet"), "side": "train"}
+    (tmp_path / TRAINING_FILE).write_text(json.dumps(facts))
+    save_trained_on(data.select(sides_of(data)["train"]), tmp_path, None)
+    assert asked_about(folder, None, [tmp_path]).ids == sides["test"]
+    assert asked_about(folder, "dev", [tmp_path]).ids == sides["dev"]
+    save_trained_on(data, tmp_path / "first", None)
+    save_trained_on(data.select(sides_of(data)["train"]), tmp_path, str(tmp_path / "first"))
+    for asked in (None, "dev", "test"):
+        with pytest.raises(SourceError, match=r"that were not trained on, found none; --side all"):
+            asked_about(folder, asked, [tmp_path])
+    assert asked_about(folder, "train", [tmp_path]).ids == sides["train"]
 
 
 def test_every_folder_is_looked_at_before_the_first_is_evaluated(
@@ -176,6 +207,16 @@ def judged(folder: Path, queries: str | bytes, **files: str) -> list[dict[str, i
     return [query.grades for query in read_data(folder).queries]
 
 
+QRELS = "query_id,id,rel\n1,a,1\n"
+UNUSABLE = {
+    "query_id,id,rel\n1,a,nan\n": r"row 2: expected a number as rel, got 'nan'",
+    "query_id,id,rel\n1,a,inf\n": r"row 2: expected a number as rel, got 'inf'",
+    "query_id,id,rel\n1,a,40\n": r"each rel at most 10 above irrelevant, got 40; map them to few",
+    "query_id,id,rel\n1,a,0.5\n1,b,1\n": r"whole grades, got 0\.5 of at most 1 .*; multiply them",
+}
+"""Judgements, and what is said of them."""
+
+
 def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
     with_mark = "\ufeffquery_id,query\n1,x\n"
     assert judged(tmp_path, with_mark, qrels="query_id,id,rel\n1,a,1\n1,gone,1\n") == [{"a": 1}]
@@ -195,6 +236,9 @@ def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
         ),
         ("query_id,query\n1,x\n", {"qrels": "query_id,id,rel\n1,q,1\n"}, "got none of them"),
         ("query_id,query\n1,x\n", {"labels": "query_id,id,grade\n1,a,3\n"}, r"every grade is 3\.0"),
+        *[("query_id,query\n1,x\n", {"qrels": rows}, said) for rows, said in UNUSABLE.items()],
+        ("query_id,query\n1\n", {"qrels": QRELS}, r"queries\.csv, row 2: .*a text as query, got N"),
+        ("query_id,query\n1,x\n1,y\n", {"qrels": QRELS}, "every query_id once, got '1' in 2 rows"),
         (b"query_id,query\n1,caf\xe9\n", {"qrels": "query_id,id,rel\n1,a,1\n"}, "CSV in UTF-8"),
     ],
 )
@@ -213,6 +257,23 @@ def test_pictures_may_lie_beside_the_titles(folder: Path, tmp_path: Path) -> Non
     pq.write_table(pa.table({**columns, "image": data.ids}), tmp_path / "products.parquet")
     with pytest.raises(SourceError, match="pictures: expected the files themselves as binary"):
         read_data(tmp_path)
+
+
+def test_products_that_cannot_be_told_apart_or_read_are_told(folder: Path, tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"id": ["a", "b", "a"], "title": ["x"] * 3}), tmp_path / "products.parquet"
+    )
+    with pytest.raises(SourceError, match="expected every id once, got 'a' in 2 rows; keep one"):
+        read_data(tmp_path)
+    whole = (folder / "products.parquet").read_bytes()
+    (tmp_path / "products.parquet").write_bytes(whole[:-9])
+    with pytest.raises(SourceError, match=r"products\.parquet: expected a Parquet file, got "):
+        read_data(tmp_path)
+
+
+def test_what_is_no_number_is_no_title(tmp_path: Path) -> None:
+    values = {"title": lambda at: (math.nan, 7.5, None)[at]}
+    assert read_data(catalog(tmp_path, 3, **values)).titles == ["", "7.5", ""]
 
 
 def test_attributes_of_a_small_catalog_are_seen(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,27 @@ def test_a_run_that_was_cut_ends_as_if_it_had_not_been(
     kept = finished(path)
     assert kept is not None
     assert all(torch.equal(kept[name], whole[name]) for name in whole)
+
+
+def test_a_run_that_was_kept_on_a_gpu_is_read_without_one(
+    towers: Make,
+    maps: torch.Tensor,
+    labels: Labels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its file says of every tensor that it lay on a GPU."""
+
+    def run() -> dict[str, Any]:
+        lesson = replace(LESSON, epochs=1)
+        return PictureTeaching(towers.image_encoder, maps, labels, lesson).run(tmp_path / "run.pt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        whole = run()
+    for again in (finished(tmp_path / "run.pt"), run()):
+        assert again is not None
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_only_the_upper_blocks_learn_and_they_do(

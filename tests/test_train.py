@@ -163,9 +163,12 @@ def test_a_product_that_says_nothing_to_ask_it_by_is_left_out(tmp_path: Path) ->
 
 # ── keywords ─────────────────────────────────────────────────────────────────────────────
 def test_attributes_tell_false_negatives(material: Material) -> None:
+    """A column that half of the products leave empty is asked for by nobody here."""
     e = material.examples
+    maker = {"maker": ["" if row % 2 else "Acme" for row in range(len(e))]}
+    e = replace(e, data=replace(e.data, attributes=e.data.attributes | maker))
     rows = torch.arange(0, len(e), 3)
-    held = AttributeKeywords(e, material.columns).held(0, rows)
+    held = AttributeKeywords(e, [*material.columns, "maker"]).held(0, rows)
     for at, row in enumerate(rows.tolist()):
         asked = e.draws[0][row].attributes
         right = [
@@ -322,6 +325,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(folder: Path, start: Path, tmp_
     assert len(towers.query_text.bert.encoder.layer) == 1
     facts = json.loads((tmp_path / "cut" / "training.json").read_text())
     assert facts["side"] == "train"
+    assert list(facts["seconds"]) == ["pictures", "features", "heads", "lesson"]
     assert facts["attributes"] == ["gender", "baseColour", "articleType"]
 
 

@@ -23,15 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from towers.command import answer
-from towers.evaluate import HEADLINE, KNOWN_ITEM, evaluate
+from towers.command import answer, at_least
+from towers.evaluate import HEADLINE, KNOWN_ITEM, asked_about, evaluate
 from towers.heads import Heads
 from towers.learning.baselines import BASELINES, save_heads
-from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders
 from towers.learning.examples import Examples
 from towers.learning.metrics import ratio_interval
-from towers.learning.split import sides_of
 from towers.learning.systems import TrainedHeads
 from towers.learning.training import Recipe, run_name
 from towers.learning.views import VIEWS
@@ -156,8 +154,7 @@ def heads_of(recipe: Recipe, args: argparse.Namespace, material: Material) -> He
 
 def figures(names: Sequence[str], args: argparse.Namespace, material: Material) -> Figured:
     """What each variant's runs find on the side that they are compared on."""
-    data = read_data(args.data)
-    data = data.select(sides_of(data)[args.side])
+    data = asked_about(args.data, args.side, [args.start] if args.start else [])
     encoders = Encoders(material.towers, args.work / "features")
     systems = []
     for name in names:
@@ -220,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m towers.ablation", description=__doc__)
     add_material_flags(top)
-    top.add_argument("--seeds", type=int, default=3)
+    top.add_argument("--seeds", type=at_least(1), default=3)
     top.add_argument("--side", choices=["dev", "test"], default="test")
     top.add_argument("--variant", action="append", choices=list(RECIPES))
     top.add_argument(
@@ -232,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
         help="another value of the recipe for all variants, as blank=0: try on --side dev",
     )
     top.add_argument("--slice", choices=list(VIEWS), action="append", help="default: every one")
-    top.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    top.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at a time")
     top.add_argument("--out", type=Path, default=Path("build/ablation.md"))
     top.add_argument("--baselines", type=Path, help="a folder to write the baselines' heads to")
     return top

@@ -9,6 +9,18 @@ from collections.abc import Callable, Mapping
 from retrieval_contract.errors import RetrievalError
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The type of a flag that counts."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            said = f"expected a whole number from {lowest}, got {text}"
+            raise argparse.ArgumentTypeError(said)
+        return int(text)
+
+    return count
+
+
 def answer(
     run: Callable[[argparse.Namespace], Mapping[str, object]], parser: argparse.ArgumentParser
 ) -> None:

@@ -166,10 +166,18 @@ def side_of(folder: Path, *checkpoints: str | Path) -> str:
 
 
 def part_of(data: ProductData, side: str, checkpoints: Sequence[str | Path]) -> ProductData:
-    """The products on a side of the data; new is what none of the checkpoints was trained on."""
+    """The products on a side of the data; new is what none of the checkpoints was trained on.
+
+    Nor are products that one of them was trained on ever of a held-out side, whatever the split
+    says: what a checkpoint started from may have been trained on everything.
+    """
     if side == "all":
         return data
-    return data.select(new_rows(data, checkpoints) if side == "new" else sides_of(data)[side])
+    rows = [*range(len(data))] if side == "new" else sides_of(data)[side]
+    if side == "train":
+        return data.select(rows)
+    new = {*new_rows(data, checkpoints)}
+    return data.select([row for row in rows if row in new])
 
 
 def asked_about(folder: Path, asked: str | None, checkpoints: Sequence[str | Path]) -> ProductData:
@@ -185,8 +193,8 @@ def asked_about(folder: Path, asked: str | None, checkpoints: Sequence[str | Pat
     console.print(f"{folder}: side {side}, {len(part)} of {len(data)} products", markup=False)
     if not part.queries:
         raise SourceError(
-            f"{folder}: expected judged products on the side {side}, found none; "
-            "--side all asks about those that were trained on, too"
+            f"{folder}: expected judged products on the side {side} that were not trained on, "
+            "found none; --side all asks about those that were trained on, too"
         )
     return part
 

@@ -16,11 +16,10 @@ import torch
 from rich.console import Console
 
 from retrieval_contract.preprocess import TextPreprocessor
-from towers.command import answer
-from towers.evaluate import HEADLINE, KNOWN_ITEM, evaluate
+from towers.command import answer, at_least
+from towers.evaluate import HEADLINE, KNOWN_ITEM, asked_about, evaluate
 from towers.learning.catalog import read_data
 from towers.learning.encoders import Encoders
-from towers.learning.split import sides_of
 from towers.learning.student import Lesson
 from towers.learning.systems import TrainedHeads
 from towers.learning.training import Recipe
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         for layers in sorted(args.layers or (2, 3), reverse=True):
             lesson = Lesson(layers, args.rounds, scale=scale)
             models[layers] = teach(whole, material, lesson, bars, args.work / "runs")
-    data = read_data(args.data)
-    data = data.select(sides_of(data)[args.side])
+    data = asked_about(args.data, args.side, [args.start] if args.start else [])
     products = Encoders(whole, args.work / "features")
     systems = []
     for layers, towers in models.items():
@@ -109,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     top = argparse.ArgumentParser(prog="python -m towers.students", description=__doc__)
     add_material_flags(top)
-    top.add_argument("--layers", type=int, action="append", help="default: 2 and 3")
-    top.add_argument("--rounds", type=int, default=Lesson.rounds)
+    top.add_argument("--layers", type=at_least(1), action="append", help="default: 2 and 3")
+    top.add_argument("--rounds", type=at_least(1), default=Lesson.rounds)
     top.add_argument(
         "--also",
         type=Path,

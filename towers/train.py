@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from retrieval_contract.errors import CheckpointError
 from towers.checkpoint import TRAINING_FILE, file_hash, load_towers, save_make, training_of
-from towers.command import answer
+from towers.command import answer, at_least
 from towers.heads import Heads
 from towers.learning.catalog import ProductData, read_data
 from towers.learning.encoders import Advance, Encoders
@@ -56,6 +58,8 @@ class Bars:
     """One progress bar a step; calling it starts the next."""
 
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """Of what was `timed`, in this run: what an earlier one has kept takes next to none."""
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -75,6 +79,13 @@ class Bars:
         return lambda done, loss: self.progress.update(
             task, completed=done, note=f"loss {loss:.3f}"
         )
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Keeps how long the block takes."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = round(time.perf_counter() - start, 1)
 
 
 def start_towers(where: str | None) -> Make:
@@ -124,20 +135,27 @@ class Material:
     examples: Examples
 
 
-def prepare(args: argparse.Namespace, towers: Make, bars: Bars) -> Material:
-    """Read the catalog and encode it, or take from `args.work` what an earlier run encoded."""
+def prepare(
+    args: argparse.Namespace, towers: Make, bars: Bars, everything: bool = False
+) -> Material:
+    """Read the catalog and encode it, or take from `args.work` what an earlier run encoded.
+
+    `everything`: its held-out groups as well, for those alone who report no figures on them.
+    """
     data = read_data(args.data, args.attribute or ())
     columns = args.attribute or list(data.attributes)
     console.print(f"{args.data}: attributes: {', '.join(columns) or NO_ATTRIBUTES}", markup=False)
-    if not args.everything:
+    if not everything:
         data = train_side(data)
     towers.to("cuda" if torch.cuda.is_available() else "cpu")
     titles = [title for folder in args.general for title in read_data(folder).titles]
     general = general_texts(vocabulary_of(towers), titles, args.general_texts, DRAWN_BY)
     lesson = PictureLesson(epochs=picture_epochs(args))
-    towers = teach_pictures(towers, data, columns, lesson, bars, args.work / "runs")
-    encoders = Encoders(towers, args.work / "features")
-    examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
+    with bars.timed("pictures"):
+        towers = teach_pictures(towers, data, columns, lesson, bars, args.work / "runs")
+    with bars.timed("features"):
+        encoders = Encoders(towers, args.work / "features")
+        examples = make_examples(data, encoders, columns, DRAWS, general, DRAWN_BY, bars)
     return Material(columns, towers, encoders, titles, general, examples)
 
 
@@ -244,14 +262,13 @@ def add_material_flags(top: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="data folders whose titles keep the heads honest about other subjects",
     )
-    top.add_argument("--general-texts", type=int, default=20_000, help="how many of them")
+    top.add_argument("--general-texts", type=at_least(0), default=20_000, help="how many of them")
     top.add_argument(
         "--picture-epochs",
-        type=int,
+        type=at_least(0),
         help=f"of the picture encoder's upper blocks; default: {PictureLesson.epochs}, with "
         "--start none",
     )
-    top.add_argument("--everything", action="store_true", help="train on held-out groups as well")
     top.add_argument("--work", type=Path, help="what is kept between runs", default=WORK)
 
 
@@ -260,9 +277,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m towers.train", description=__doc__)
     add_material_flags(top)
     top.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    top.add_argument("--everything", action="store_true", help="train on held-out groups as well")
     top.add_argument("--query-layers", type=int, help="default: as the start has, 3 at most")
-    top.add_argument("--epochs", type=int, default=Recipe.epochs)
-    top.add_argument("--rounds", type=int, default=Lesson.rounds, help="of the query encoder")
+    top.add_argument("--epochs", type=at_least(1), default=Recipe.epochs)
+    top.add_argument(
+        "--rounds", type=at_least(1), default=Lesson.rounds, help="of the query encoder"
+    )
     top.add_argument("--seed", type=int, default=0)
     return top
 
@@ -274,7 +294,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     with bars.progress:
         towers = start_towers(args.start)
         layers, has = query_layers(args, towers), len(towers.query_text.bert.encoder.layer)
-        material = prepare(args, towers, bars)
+        material = prepare(args, towers, bars, args.everything)
         recipe = Recipe(
             fusion=towers.config.fusion,
             epochs=args.epochs,
@@ -283,13 +303,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             vector_dim=towers.config.vector_dim,
         )
         told = bars.steps("heads", recipe.epochs)
-        heads, scale = train_heads(
-            recipe, material, told, args.work / "runs", towers.heads if args.start else None
-        )
+        start = towers.heads if args.start else None
+        with bars.timed("heads"):
+            heads, scale = train_heads(recipe, material, told, args.work / "runs", start)
         made = with_heads(towers, heads, recipe)
         lesson = Lesson(layers, args.rounds, scale=scale, seed=args.seed) if layers < has else None
         if lesson:
-            made = teach(made, material, lesson, bars, args.work / "runs")
+            with bars.timed("lesson"):
+                made = teach(made, material, lesson, bars, args.work / "runs")
     save_make(rounded(made), args.out)
     save_trained_on(material.examples.data, args.out, args.start)
     facts = {
@@ -303,6 +324,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "pictures": asdict(PictureLesson(epochs=picture_epochs(args))),
         "recipe": asdict(recipe),
         "lesson": asdict(lesson) if lesson else None,
+        "seconds": bars.seconds,
         "torch": torch.__version__.split("+")[0],
     }
     (args.out / TRAINING_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")

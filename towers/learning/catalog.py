@@ -3,13 +3,15 @@
 `products.parquet` (id or product_id, title, any attributes, pictures as `jpeg` or `image`) or
 pictures in an `images.parquet` (same rows), `queries.csv` (query_id, query) and either `qrels.csv`
 (query_id, id, rel: the relevant products) or `labels.csv` (query_id, product_id, a graded score
-whose lowest value means irrelevant). Judgements of products that are not there are left out.
+whose lowest value means irrelevant). Scores are rounded to whole grades, halves to the even one.
+Judgements of products that are not there are left out.
 """
 
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,8 @@ TITLES = ("title",)
 PICTURES = ("jpeg", "image")
 GRADES = ("rel", "rating", "relevance", "grade")
 QUERY_ID, QUERY = ("query_id",), ("query",)
+HIGHEST_GRADE = 10
+"""A gain is 2^grade − 1: with more, the best product of a query would be all that counts."""
 MAX_VALUES, FEW_VALUES = 300, 32
 MAX_SHARE, MAX_SHARE_OF_FEW = 0.05, 0.5
 """A text column is an attribute when it has at most so many values, and few for its rows: a
@@ -82,26 +86,47 @@ def read_data(folder: Path, chosen: Sequence[str] = ()) -> ProductData:
     path = folder / "products.parquet"
     if not path.is_file():
         raise SourceError(f"{path}: not found; expected a data folder, see towers/learning")
-    table = pq.read_table(path)
+    table = _table(path)
     names = table.column_names
     key, title = _first(IDS, names, path), _first(TITLES, names, path)
     if unknown := sorted(set(chosen) - set(names)):
         raise SourceError(f"{path}: expected columns {unknown}, got {names}; choose among these")
     ids = [str(value) for value in table[key].to_pylist()]
+    _once(ids, path, key)
     attributes = {}
     for name in names:
         if name in chosen or (name not in (key, title) and _is_text(table.schema.field(name))):
-            values = ["" if v is None else str(v) for v in table[name].to_pylist()]
+            values = _texts(table[name])
             if name in chosen or _repeats(values):
                 attributes[name] = values
     return ProductData(
         folder.name,
         ids,
-        [str(value or "") for value in table[title].to_pylist()],
+        _texts(table[title]),
         attributes,
         _images(folder, table, ids),
         _queries(folder, attributes, set(ids)),
     )
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as exc:
+        raise SourceError(f"{path}: expected a Parquet file, got {exc}; write it anew") from exc
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """What is null, or no number among numbers, is empty."""
+    return ["" if v is None or v != v else str(v) for v in column.to_pylist()]
+
+
+def _once(ids: Sequence[str], path: Path, key: str) -> None:
+    """Figures go by ids: of two that are the same, one would be lost."""
+    name, times = Counter(ids).most_common(1)[0] if ids else ("", 0)
+    if times > 1:
+        said = f"expected every {key} once, got {name!r} in {times} rows"
+        raise SourceError(f"{path}: {said}; keep one of them")
 
 
 def _is_text(column: pa.Field) -> bool:
@@ -125,7 +150,7 @@ def _first(names: tuple[str, ...], there: Iterable[str], path: Path) -> str:
 def _images(folder: Path, products: pa.Table, ids: list[str]) -> list[bytes]:
     path, table = folder / "images.parquet", products
     if path.is_file():
-        table = pq.read_table(path)
+        table = _table(path)
         if [str(i) for i in table[_first(IDS, table.column_names, path)].to_pylist()] != ids:
             raise SourceError(f"{path}: expected the ids of products.parquet in the same order")
     elif not set(PICTURES) & set(products.column_names):
@@ -148,7 +173,12 @@ def _queries(folder: Path, attributes: Iterable[str], ids: Set[str]) -> list[Que
         )
     scores = _scores(labels if graded else qrels, graded, ids)
     found = []
-    for row in _records(path, QUERY_ID, QUERY):
+    rows = _records(path, QUERY_ID, QUERY)
+    _once([row["query_id"] for row in rows], path, "query_id")
+    for line, row in enumerate(rows, 2):
+        if not (row["query"] or "").strip():
+            said = f"expected a text as query, got {row['query']!r}"
+            raise SourceError(f"{path}, row {line}: {said}; fill it in, or leave out the row")
         of_query = scores.get(row["query_id"], {})
         found.append(
             Query(
@@ -170,16 +200,17 @@ def _scores(path: Path, graded: bool, ids: Set[str]) -> dict[str, dict[str, floa
     key, grade = _first(IDS, rows[0], path), _first(GRADES, rows[0], path)
     scores: dict[str, dict[str, float]] = defaultdict(dict)
     for line, row in enumerate(rows, 2):
-        try:
-            scores[row["query_id"]][row[key]] = float(row[grade])
-        except (TypeError, ValueError):
+        score = _number(row[grade])
+        if not math.isfinite(score):
             said = f"expected a number as {grade}, got {row[grade]!r}"
-            raise SourceError(f"{path}, row {line}: {said}") from None
+            raise SourceError(f"{path}, row {line}: {said}; correct it, or leave out the row")
+        scores[row["query_id"]][row[key]] = score
     values = {score for of_query in scores.values() for score in of_query.values()}
     if graded and len(values) == 1:
         said = f"every {grade} is {min(values)}; expected two grades or more"
         raise SourceError(f"{path}: {said}, the lowest of which means irrelevant")
     base = min(values) if graded else 0.0
+    _check_grades({score - base for score in values}, path, grade)
     known = {
         query: {i: score - base for i, score in of_query.items() if i in ids}
         for query, of_query in scores.items()
@@ -187,6 +218,25 @@ def _scores(path: Path, graded: bool, ids: Set[str]) -> dict[str, dict[str, floa
     if not any(known.values()):
         raise SourceError(f"{path}: expected ids of products.parquet as {key}, got none of them")
     return known
+
+
+def _number(text: str | None) -> float:
+    """NaN for what is none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def _check_grades(scores: Set[float], path: Path, grade: str) -> None:
+    """Scores, irrelevant being zero, that grades can be made of."""
+    highest = max(scores)
+    if highest > HIGHEST_GRADE:
+        said = f"expected each {grade} at most {HIGHEST_GRADE} above irrelevant, got {highest:g}"
+        raise SourceError(f"{path}: {said}; map them to few grades, as 0 to 3")
+    if highest <= 1 and (parts := sorted(score for score in scores if 0 < score < 1)):
+        said = f"expected whole grades, got {parts[0]:g} of at most {highest:g} above irrelevant"
+        raise SourceError(f"{path}: {said}; multiply them, so that each step is 1 or more")
 
 
 def _records(path: Path, *columns: tuple[str, ...]) -> list[dict[str, str]]:

@@ -49,19 +49,16 @@ class AttributeKeywords:
 
     def __init__(self, examples: Examples, columns: list[str]) -> None:
         self.codes, self.asked = [], []
+        named = [[dict(query.attributes) for query in draw] for draw in examples.draws]
         for column in columns:
             values, codes = np.unique(
                 np.array(examples.data.attributes[column]), return_inverse=True
             )
-            place = {value: at for at, value in enumerate(values.tolist())}
+            place = {value: at for at, value in enumerate(values.tolist()) if is_value(value)}
             self.codes.append(torch.from_numpy(codes.reshape(-1)))
+            # What a query does not name is -1, never the code of the empty value.
             self.asked.append(
-                torch.tensor(
-                    [
-                        [place.get(dict(query.attributes).get(column, ""), -1) for query in draw]
-                        for draw in examples.draws
-                    ]
-                )
+                torch.tensor([[place.get(of.get(column, ""), -1) for of in draw] for draw in named])
             )
 
     def held(self, draw: int, rows: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class PictureTeaching:
         `told(steps done, loss)`.
         """
         if path and path.is_file():
-            self._take_up(torch.load(path, weights_only=True))
+            self._take_up(torch.load(path, weights_only=True, map_location="cpu"))
         while self.epoch < self.lesson.epochs:
             self._run_epoch(told)
             self.epoch += 1
@@ -225,5 +225,7 @@ def run_name(towers: Make, data: ProductData, labels: Labels, lesson: PictureLes
 
 def finished(path: Path) -> dict[str, Any] | None:
     """The encoder's weights of a run that came to its end."""
-    state = torch.load(path, weights_only=True) if path.is_file() else {}
-    return None if "heads" in state else state.get("encoder")
+    if not path.is_file():
+        return None
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    return None if "heads" in state else state["encoder"]

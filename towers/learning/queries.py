@@ -11,11 +11,22 @@ from towers.learning.catalog import ProductData
 from towers.learning.split import names_held_out
 from towers.learning.words import words_of
 
-PHRASES = {"gender": "for {}", "baseColour": "in {}", "usage": "for {} wear", "season": "for {}"}
-"""Columns whose value may be said with a word around it."""
+PHRASES = {
+    "gender": ["for {}"],
+    "colour": ["in {}"],
+    "color": ["in {}"],
+    "usage": ["for {} wear"],
+    "occasion": ["for {}", "for {} wear"],
+    "season": ["for {}"],
+    "material": ["in {}", "made of {}"],
+    "fabric": ["in {}", "made of {}"],
+    "brand": ["by {}", "from {}"],
+}
+"""What a column's name holds, and how its values may be said with a word around them."""
 ATTRIBUTE_SHARE = 0.6
 TYPO, DROP = 0.08, 0.1
 FEWEST_WORDS = 2
+SHORTEST_PLURAL = 4
 NOTHING_SAID = ("na", "n/a", "nan", "none", "null", "unknown")
 
 
@@ -117,12 +128,18 @@ def is_value(value: str) -> bool:
 
 def _phrase(name: str, value: str, rng: random.Random) -> str:
     value = _singular(value) if rng.random() < 0.3 else value
-    pattern = PHRASES.get(name)
-    return pattern.format(value) if pattern and rng.random() < 0.35 else value
+    patterns = next((said for part, said in PHRASES.items() if part in name.lower()), [])
+    if not patterns or rng.random() >= 0.35:
+        return value
+    # To choose from one would use the generator, and change what the shipped towers were asked.
+    pattern = rng.choice(patterns) if len(patterns) > 1 else patterns[0]
+    return pattern.format(value)
 
 
 def _singular(value: str) -> str:
-    return value[:-1] if value.endswith("s") and not value.endswith("ss") else value
+    """Without a last s, which is no grammar: "Watche", too. Short words stay, as the size s."""
+    is_plural = value.endswith("s") and not value.endswith("ss")
+    return value[:-1] if is_plural and len(value.split()[-1]) >= SHORTEST_PLURAL else value
 
 
 def spoil(words: list[str], rng: random.Random) -> str:
