@@ -68,13 +68,15 @@ def test_variants_are_trained_once_and_compared(
     data = write_judged_catalog(tmp_path / "judged")
     flags = ["--start", tmp_path / "start", "--data", data, "--work", tmp_path / "work"]
     flags += ["--out", tmp_path / "table.md", "--seeds", 2, "--jobs", 2, "--slice", "all"]
-    flags += ["--variant", "make", "--variant", "mean", "--general-texts", 500]
+    flags += ["--variant", "make", "--variant", "mean", "--variant", "bm25"]
+    flags += ["--general-texts", 500]
     monkeypatch.setattr(sys, "argv", ["ablation", *map(str, flags)])
     main()
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(said) == ["make", "mean"]
+    assert list(said) == ["make", "mean", "bm25"]
     assert all(0 < said[name]["all"][HEADLINE] <= 1 for name in said)
-    assert "| Modal Adaptation ÷ mean fusion |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {what} |" in table for what in ("Modal Adaptation ÷ mean fusion", "MAKE ÷ BM25"))
     runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work/runs").iterdir()}
     assert len(runs) == 4
     main()

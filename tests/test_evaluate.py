@@ -338,7 +338,11 @@ def test_the_command_ends_with_figures_and_a_page(folder: Path, tmp_path: Path) 
         assert set(slices) == {"all", "uneven"}
         low, high = slices["all"]["ndcg@10_interval"]
         assert low <= slices["all"]["ndcg@10"] <= high
-    assert report["bm25"]["all"]["ndcg@10"] > report["make"]["all"]["ndcg@10"], "an unborn model"
+    ours, bm25 = report["make"]["all"], report["bm25"]["all"]
+    assert bm25["ndcg@10"] > ours["ndcg@10"], "an unborn model"
+    less, low, high = bm25["make_less_it_ndcg@10"]
+    assert less == pytest.approx(ours["ndcg@10"] - bm25["ndcg@10"], abs=2e-4)
+    assert low <= less <= high < 0
     page = next(tmp_path.glob("*.html")).read_text("utf-8")
     assert page.count("<h2>") >= 12
     assert "class=right" in page

@@ -30,7 +30,7 @@ from towers.learning.baselines import BASELINES, save_heads
 from towers.learning.encoders import Encoders
 from towers.learning.examples import Examples
 from towers.learning.metrics import ratio_interval
-from towers.learning.systems import TrainedHeads
+from towers.learning.systems import BM25, System, TrainedHeads
 from towers.learning.training import Recipe, run_name
 from towers.learning.views import VIEWS
 from towers.train import (
@@ -76,6 +76,7 @@ COMPARED = (
     ("the same, no keywords in either", "without Keyword Enhancement", "without both"),
     ("Keyword Enhancement, attributes", "make", "without Keyword Enhancement"),
     ("Keyword Enhancement, title words", "title-word keywords", "without Keyword Enhancement"),
+    ("MAKE ÷ BM25", "make", BM25.name),
     ("MAKE ÷ title alone", "make", "title"),
     ("MAKE ÷ image alone", "make", "image"),
     ("MAKE ÷ concatenation", "make", "concat"),
@@ -156,16 +157,22 @@ def figures(names: Sequence[str], args: argparse.Namespace, material: Material) 
     """What each variant's runs find on the side that they are compared on."""
     data = asked_about(args.data, args.side, [args.start] if args.start else [])
     encoders = Encoders(material.towers, args.work / "features")
-    systems = []
+    systems: list[System] = []
+    runs: dict[str, list[str]] = {}  # one name a seed
     for name in names:
-        for seed in range(args.seeds):
+        if name not in RECIPES:
+            systems.append(BM25())
+            runs[name] = [name] * args.seeds
+            continue
+        runs[name] = [f"{name}|{seed}" for seed in range(args.seeds)]
+        for seed, of_seed in enumerate(runs[name]):
             heads = heads_of(recipe_of(name, args, seed), args, material)
-            systems.append(TrainedHeads(f"{name}|{seed}", heads, encoders, encoders.queries))
+            systems.append(TrainedHeads(of_seed, heads, encoders, encoders.queries))
     found = evaluate(data, systems, args.slice or list(VIEWS))
     return {
         name: {
             part: {
-                figure: np.stack([found[f"{name}|{s}"][part][figure] for s in range(args.seeds)])
+                figure: np.stack([found[of_seed][part][figure] for of_seed in runs[name]])
                 for figure in of_figures
             }
             for part, of_figures in next(iter(found.values())).items()
@@ -219,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     add_material_flags(top)
     top.add_argument("--seeds", type=at_least(1), default=3)
     top.add_argument("--side", choices=["dev", "test"], default="test")
-    top.add_argument("--variant", action="append", choices=list(RECIPES))
+    top.add_argument("--variant", action="append", choices=[*RECIPES, BM25.name])
     top.add_argument(
         "--set",
         type=setting,
@@ -237,11 +244,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Train what is missing, compare, write."""
-    names = args.variant or list(RECIPES)
+    names = args.variant or [*RECIPES, BM25.name]
+    trained = [name for name in names if name in RECIPES]
     bars = Bars()
     with bars.progress:
         material = prepare(args, start_towers(args.start), bars)
-    recipes = [recipe_of(name, args, seed) for name in names for seed in range(args.seeds)]
+    recipes = [recipe_of(name, args, seed) for name in trained for seed in range(args.seeds)]
     train_all(recipes, args, material.examples)
     found = figures(names, args, material)
     table = table_of(found)

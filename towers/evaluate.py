@@ -35,7 +35,7 @@ from towers.learning.systems import System, systems_of
 from towers.learning.trained import new_rows
 from towers.learning.views import VIEWS
 
-HEADLINE = "ndcg@10"
+HEADLINE, POOL = "ndcg@10", "pool_ndcg@10"
 KNOWN_ITEM = "known_item_hit@10"
 KNOWN_QUERIES, KNOWN_WORDS = 1000, 3
 SAMPLES, SHOWN = 12, 8
@@ -109,7 +109,8 @@ def say(data: ProductData, found: Found) -> None:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """Means by system and slice, with the headline's interval; the last one ÷ each, paired."""
+    """Means by system and slice, with the headline's interval; the last one ÷ each, and less each
+    on the whole catalog and in the judged pool, paired."""
     report: dict[str, Any] = {}
     last = list(found)[-1]
     for system, by_slice in found.items():
@@ -125,6 +126,10 @@ def as_json(found: Found) -> dict[str, Any]:
                 ratio = ratio_interval(found[last][name][HEADLINE], figures[HEADLINE])
                 of_slice[f"{last}_to_it"] = round(ratio.value, 4)
                 of_slice[f"{last}_to_it_interval"] = [round(ratio.low, 4), round(ratio.high, 4)]
+                for figure in {HEADLINE, POOL} & set(figures):
+                    less = mean_interval(found[last][name][figure] - figures[figure])
+                    said = [round(value, 4) for value in (less.value, less.low, less.high)]
+                    of_slice[f"{last}_less_it_{figure}"] = said
     return report
 
 
