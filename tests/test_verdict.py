@@ -66,7 +66,7 @@ def test_a_rollback_says_what_it_lacks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Here of the candidate, which stands for what was gone back to."""
-    ours = SimpleNamespace(catalog=shop.catalog, rollback=lambda: verified)
+    ours = SimpleNamespace(roles=shop.catalog.named, rollback=lambda: verified)
     monkeypatch.setattr(commands, "releases", lambda settings: nullcontext(ours))
     verified.delete(["p3", "p4"])
     assert commands.run_rollback(Namespace(json=True), shop.settings) == 0
