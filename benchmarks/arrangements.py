@@ -11,30 +11,23 @@ import argparse
 import itertools
 import json
 import os
-import random
 import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc
 from rich.console import Console
 from rich.table import Table
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.inflight import keep_in_flight
-from benchmarks.overload import BURST, OFFERED, PAUSE_S, STALL_S
+from benchmarks.overload import ANSWERED, BURST, OFFERED, STALL_S, Sender
 from benchmarks.workload import built_in_queries
 from deploy.pbtxt import Message, message_of, parse
 from deploy.query_cache import rewrite
 from deploy.server import LATEST, triton
 from retrieval_client.channel import channel_to
 from retrieval_client.settings import Settings
-from retrieval_client.wire import request_from_rows
 from retrieval_contract import models
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.models import QUERY_ENCODER, Target
@@ -101,39 +94,6 @@ def arranged(release: Path, arrangement: Arrangement, folder: Path) -> Path:
     return copy
 
 
-class Sender:
-    """Requests of one text, and what became of each: seconds, and a status code's name."""
-
-    def __init__(self, stub: GRPCInferenceServiceStub, texts: Sequence[str]) -> None:
-        self._stub = stub
-        self._requests = itertools.cycle([self._request(text) for text in texts])
-        self.found: list[tuple[float, str]] = []
-        self._open = threading.Semaphore(0)
-        self._sent = 0
-
-    def _request(self, text: str) -> pb.ModelInferRequest:
-        request = request_from_rows(QUERY_ENCODER, {models.QUERY.name: [text.encode()]})
-        request.parameters["timeout"].int64_param = int(TIME_S * 1e6)
-        return request
-
-    def send(self, due: float, timeout_s: float) -> None:
-        """One, whose time began when it was due."""
-        call = self._stub.ModelInfer.future(next(self._requests), timeout=timeout_s)
-        call.add_done_callback(lambda call: self._came(call, due))
-        self._sent += 1
-
-    def _came(self, call: grpc.Future, due: float) -> None:
-        self.found.append((time.perf_counter() - due, call.code().name))
-        self._open.release()
-
-    def wait(self) -> list[tuple[float, str]]:
-        """All that were sent; and none for the next time."""
-        for _ in range(self._sent):
-            self._open.acquire()
-        self._sent, found, self.found = 0, self.found, []
-        return found
-
-
 def measure(release: Path, arrangement: Arrangement, args: argparse.Namespace) -> Found:
     """Bursts, then overload, on a server of its own."""
     texts = built_in_queries()
@@ -145,25 +105,15 @@ def measure(release: Path, arrangement: Arrangement, args: argparse.Namespace) -
         channel_to(Settings(triton=server.grpc_address)) as channel,
     ):
         rate = keep_in_flight(server, QUERY_ENCODER, rows, IN_FLIGHT, 1, args.seconds).rows_per_s
-        sender, slow = Sender(GRPCInferenceServiceStub(channel), texts), 0
-        for _ in range(args.bursts):
-            for _ in range(BURST):
-                sender.send(time.perf_counter(), 5.0)
-            slow += sum(took > STALL_S for took, _ in sender.wait())
-            time.sleep(PAUSE_S)
-        rng, due = random.Random(0), time.perf_counter()
-        end = due + args.seconds
-        while (due := due + rng.expovariate(rate * OFFERED)) < end:
-            if (early := due - time.perf_counter()) > 0:
-                time.sleep(early)
-            sender.send(due, TIME_S)
-        codes = [code for _, code in sender.wait()]
-    good, refused = codes.count("OK"), codes.count("UNAVAILABLE")
+        sender = Sender(channel, texts, TIME_S)
+        slow = sum(took > STALL_S for took in sender.bursts(args.bursts).all)
+        counts = sender.offer(rate * OFFERED, args.seconds, TIME_S).counts
+    good, refused = counts.get(ANSWERED, 0), counts.get(grpc.StatusCode.UNAVAILABLE.name, 0)
     return Found(
         slow / (args.bursts * BURST),
         good / (rate * args.seconds),
-        refused / len(codes),
-        (len(codes) - good - refused) / len(codes),
+        refused / sum(counts.values()),
+        1 - (good + refused) / sum(counts.values()),
     )
 
 

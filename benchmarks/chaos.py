@@ -119,8 +119,10 @@ ROWS: dict[str, Row] = {
     ),
     "soak": Row(
         1200,
-        lambda house, size: soak(house.release, house.texts, size, size / 4, house.log),
-        some("answered", none_of("grew", "failed", "ended")),
+        lambda house, size: soak(
+            house.release, house.texts, house.products, size, size / 4, house.log
+        ),
+        some("products", some("answered", none_of("grew", "failed", "ended"))),
     ),
     "push_kills_lite": kills(ingest.push_kills_lite, 200),
     "push_kills_server": kills(ingest.push_kills_server, 40),

@@ -28,12 +28,14 @@ WARM_S = 0.3
 
 @dataclass(frozen=True)
 class Answered:
-    """Good answers after the warm-up: when each came, and after how long, in seconds.
+    """Good answers between `start` and `end`: when each came, and after how long, in seconds.
 
-    `all_rows` counts the warm-up's as well.
+    Those that were under way at either are among them; `all_rows` counts the warm-up's as well.
     """
 
     rows_each: int
+    start: float
+    end: float
     came: Sequence[float]
     latencies_s: Sequence[float]
     all_rows: int
@@ -41,10 +43,14 @@ class Answered:
 
     @property
     def rows_per_s(self) -> float:
-        """Between the first answer and the last: large requests would else be cut at the edges."""
-        if len(self.came) < 2:
-            return 0.0
-        return self.rows_each * (len(self.came) - 1) / (max(self.came) - min(self.came))
+        """An answer counts as much as of its time lay between `start` and `end`.
+
+        Answers come in clumps, as large as a batch or a request: counted whole, there would be
+        one too many, or too few, of them.
+        """
+        came, took = np.array(self.came), np.array(self.latencies_s)
+        inside = np.minimum(came, self.end) - np.maximum(came - took, self.start)
+        return self.rows_each * float((inside / took).sum()) / (self.end - self.start)
 
     def percentile_ms(self, percent: float) -> float:
         """Of the latencies; infinite when nothing was answered."""
@@ -77,19 +83,20 @@ def keep_in_flight(
         for _ in range(in_flight):
             send()
         start = time.perf_counter() + WARM_S
-        while (now := time.perf_counter()) < start + seconds:
+        end = start + seconds
+        while in_flight:
             call, sent = done.get()
-            answered += 1
+            now, answered = time.perf_counter(), answered + 1
             if call.exception() is not None:
                 failed += 1
-            elif now >= start:
-                came.append(time.perf_counter())
-                latencies.append(came[-1] - sent)
-            send()
-        for _ in range(in_flight):
-            done.get()
-    answered = (answered + in_flight) * rows_each
-    return Answered(rows_each, came, latencies, answered, failed)
+            elif now > start:
+                came.append(now)
+                latencies.append(now - sent)
+            if now < end:
+                send()
+            else:
+                in_flight -= 1
+    return Answered(rows_each, start, end, came, latencies, answered * rows_each, failed)
 
 
 def keep_calling(
@@ -118,8 +125,7 @@ def keep_calling(
                 failures.append(exc)
                 continue
             count += 1
-            if now >= start:
-                then = time.perf_counter()
+            if (then := time.perf_counter()) > start:
                 took.append((then, then - now))
         came.extend(took)
         counts.append(count)
@@ -135,4 +141,5 @@ def keep_calling(
             thread.start()
         for thread in threads:
             thread.join()
-    return Answered(1, [t for t, _ in came], [s for _, s in came], sum(counts), len(failures))
+    answers = [t for t, _ in came], [s for _, s in came]
+    return Answered(1, start, end, *answers, sum(counts), len(failures))

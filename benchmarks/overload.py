@@ -6,7 +6,8 @@ when a call was due:
 * overload: callers of several clients come at three times the rate that the server can answer. How
   many are answered in their time, against that rate; is everybody else refused, and how soon? Who
   only finds his time over was neither.
-* stalls: bursts and steady load. How many calls take longer than STALL_S?
+* stalls: bursts and steady load, mostly of requests that nobody merges: of ten calls a client makes
+  two. How many take longer than STALL_S?
 * bulk: searches at a steady rate, alone and while a push saturates the server. Their p99?
 
 The last line is one JSON object with a key for each.
@@ -30,9 +31,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.cores import apart
 from benchmarks.inflight import keep_calling
@@ -40,9 +44,12 @@ from benchmarks.program import print_report
 from benchmarks.workload import built_in_queries, queries_from_csv
 from deploy.rendered.catalog import write_rendered_catalog
 from deploy.server import LATEST, Server, triton
+from retrieval_client.channel import channel_to
 from retrieval_client.encoder import Encoder
 from retrieval_client.settings import Settings
 from retrieval_client.sources import Source
+from retrieval_client.wire import request_from_rows
+from retrieval_contract import models
 from retrieval_contract.door import Lane
 from retrieval_contract.errors import ServerBusy
 
@@ -117,15 +124,29 @@ class Calls:
         return round(found, 1) if math.isfinite(found) else None
 
 
-def call(encoder: Encoder, text: str, due: float, deadline_s: float, calls: Calls) -> None:
-    """One search's text; its time began when it was due."""
+def call(ask: Callable[[float], object], due: float, deadline_s: float, calls: Calls) -> None:
+    """`ask` with the seconds that are left; its time began when it was due."""
     try:
-        left = max(deadline_s - (time.perf_counter() - due), 1e-3)
-        encoder.encode_queries([text], timeout_s=left).vector(0)
+        ask(max(deadline_s - (time.perf_counter() - due), 1e-3))
         outcome = ANSWERED
     except Exception as exc:  # whatever it is, this caller has no answer
         outcome = type(exc).__name__
     calls.add(outcome, time.perf_counter() - due)
+
+
+def query(encoder: Encoder, text: str, timeout_s: float) -> object:
+    """One search's text, and its vector."""
+    return encoder.encode_queries([text], timeout_s=timeout_s).vector(0)
+
+
+def arrivals(rate: float, seconds: float, seed: int = 0) -> Iterator[float]:
+    """Poisson, at `rate` a second: waits for each, and gives the moment when it was due."""
+    rng, due = random.Random(seed), time.perf_counter()
+    end = due + seconds
+    while (due := due + rng.expovariate(rate)) < end:
+        if (early := due - time.perf_counter()) > 0:
+            time.sleep(early)
+        yield due
 
 
 def offer(
@@ -136,29 +157,67 @@ def offer(
     deadline_s: float = DEADLINE_S,
     seed: int = 0,
 ) -> Calls:
-    """Poisson arrivals at `rate` a second, whatever became of those before; clients take turns."""
-    rng, calls, drawn = random.Random(seed), Calls(), itertools.cycle(texts)
-    turns = itertools.cycle(encoders)
+    """Calls that come at `rate` a second, whatever became of those before; clients take turns."""
+    calls, drawn, turns = Calls(), itertools.cycle(texts), itertools.cycle(encoders)
     with ThreadPoolExecutor(THREADS) as pool:
-        start = due = time.perf_counter()
-        while (due := due + rng.expovariate(rate)) < start + seconds:
-            if (early := due - time.perf_counter()) > 0:
-                time.sleep(early)
-            calls.lateness_s = max(calls.lateness_s, -early)
-            pool.submit(call, next(turns), next(drawn), due, deadline_s, calls)
+        for due in arrivals(rate, seconds, seed):
+            calls.lateness_s = max(calls.lateness_s, time.perf_counter() - due)
+            ask = partial(query, next(turns), next(drawn))
+            pool.submit(call, ask, due, deadline_s, calls)
     return calls
 
 
-def bursts(encoder: Encoder, texts: Sequence[str], count: int) -> Calls:
-    """So many at once, a pause, and again."""
-    calls = Calls()
-    with ThreadPoolExecutor(BURST) as pool:
-        for _ in range(count // BURST):
+class Sender:
+    """Requests of one text, which nobody merges, and what became of each by its status code."""
+
+    def __init__(self, channel: grpc.Channel, texts: Sequence[str], time_s: float) -> None:
+        """`time_s`: what each says that it has."""
+        self._stub, self._time_s = GRPCInferenceServiceStub(channel), time_s
+        self._requests = itertools.cycle([self._request(text) for text in texts])
+        self._came, self._sent = threading.Semaphore(0), 0
+        self._calls = Calls()
+
+    def _request(self, text: str) -> pb.ModelInferRequest:
+        request = request_from_rows(models.QUERY_ENCODER, {models.QUERY.name: [text.encode()]})
+        request.parameters["timeout"].int64_param = int(self._time_s * 1e6)
+        return request
+
+    def send(self, due: float, timeout_s: float) -> None:
+        """One, whose time began when it was due; waited for so long."""
+
+        def came(reply: grpc.Future) -> None:
+            code, took = reply.code(), time.perf_counter() - due
+            self._calls.add(ANSWERED if code is grpc.StatusCode.OK else code.name, took)
+            self._came.release()
+
+        self._stub.ModelInfer.future(next(self._requests), timeout=timeout_s).add_done_callback(
+            came
+        )
+        self._sent += 1
+
+    def wait(self) -> Calls:
+        """All that were sent; and none for the next time."""
+        for _ in range(self._sent):
+            self._came.acquire()
+        self._sent, calls, self._calls = 0, self._calls, Calls()
+        return calls
+
+    def bursts(self, count: int) -> Calls:
+        """So many bursts of BURST, and a pause after each."""
+        found = []
+        for _ in range(count):
             due = time.perf_counter()
-            ask = partial(call, encoder, due=due, deadline_s=PATIENT_S, calls=calls)
-            list(pool.map(ask, texts[:BURST]))
+            for _ in range(BURST):
+                self.send(due, PATIENT_S)
+            found.append(self.wait())
             time.sleep(PAUSE_S)
-    return calls
+        return Calls.sum(found)
+
+    def offer(self, rate: float, seconds: float, timeout_s: float) -> Calls:
+        """At a rate, whatever became of those before."""
+        for due in arrivals(rate, seconds):
+            self.send(due, timeout_s)
+        return self.wait()
 
 
 def capacity(server: Server, texts: Sequence[str], seconds: float, clients: int = 1) -> float:
@@ -224,13 +283,20 @@ def overload(server: Server, texts: Sequence[str], seconds: float) -> dict[str, 
 
 
 def stalls(server: Server, texts: Sequence[str], count: int) -> dict[str, object]:
-    """Half of the calls in bursts, half at a steady rate."""
-    with Encoder(Settings(triton=server.grpc_address)) as encoder:
-        rate = capacity(server, texts, 1.0) * STEADY
-        found = [
-            bursts(encoder, texts, count // 2),
-            offer([encoder], texts, rate, count / 2 / rate, PATIENT_S),
-        ]
+    """Half of the calls in bursts, half at a steady rate, and of these half through a client."""
+    settings = Settings(triton=server.grpc_address)
+    rate = capacity(server, texts, 1.0) * STEADY
+    seconds = count / 2 / rate
+    with (
+        Encoder(settings) as encoder,
+        channel_to(settings) as channel,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        sender = Sender(channel, texts, PATIENT_S)
+        burst = sender.bursts(count // 2 // BURST)
+        lone = beside.submit(sender.offer, rate / 2, seconds, PATIENT_S)
+        merged = offer([encoder], texts, rate / 2, seconds, PATIENT_S, seed=1)
+    found = [burst, Calls.sum([lone.result(), merged])]
     for name, calls in zip(("bursts", "steady"), found, strict=True):
         show(name, calls)
     took = Calls.sum(found)

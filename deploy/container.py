@@ -19,9 +19,10 @@ from pathlib import Path
 from deploy.engines.__main__ import add_missing_flag
 from deploy.engines.ready import Missing, prepared_apart
 from deploy.instance import Instance, kept_flags
+from deploy.orphans import PREFIX
 from deploy.own_http import OwnHttp
 from deploy.query_cache import add_cache_flag
-from deploy.security import new_key, read_key
+from deploy.security import check_dates, new_key, read_key
 from deploy.server import LOOPBACK, check_release
 from deploy.stopping import Stopped, listen, reap
 from deploy.supervisor import HUNG_S, Supervisor, say
@@ -92,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
         help="of HTTP and metrics, which have no TLS; default: any, and loopback with "
         "--grpc-use-ssl",
     )
+    top.add_argument("--grpc-address", default=EVERYWHERE, help="of clients")
+    top.add_argument("--grpc-port", type=int, default=8001)
+    top.add_argument("--grpc-server-cert", type=Path, help="PEM, beside --grpc-use-ssl=true")
     top.add_argument("--http-port", type=int, default=8000)
     top.add_argument("--metrics-port", type=int, default=8002)
     top.add_argument("--allow-http", default="true", help="no other than true: it is watched so")
@@ -106,10 +110,14 @@ def in_the_clear_at(args: argparse.Namespace, more: Sequence[str]) -> str:
     return str(args.http_address or (LOOPBACK if encrypted else EVERYWHERE))
 
 
+def from_inside(address: str) -> str:
+    """Where we reach what listens there."""
+    return LOOPBACK if address == EVERYWHERE else address
+
+
 def own_http(args: argparse.Namespace, more: Sequence[str], key: str, cached: bool) -> OwnHttp:
     """How to ask the server that these flags start, from inside its container."""
-    address = in_the_clear_at(args, more)
-    asked_at = LOOPBACK if address == EVERYWHERE else address
+    asked_at = from_inside(in_the_clear_at(args, more))
     return OwnHttp(asked_at, args.http_port, args.metrics_port, key, cached)
 
 
@@ -128,9 +136,13 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         release, target = ready.release, ready.target
     check_release(release, target)
     key = read_key(args.control_key_file) if args.control_key_file else new_key()
-    shm_prefix = f"retrieval-triton-{secrets.token_hex(4)}-"
+    shm_prefix = f"{PREFIX}{secrets.token_hex(4)}-"
     listening = [f"--{name}-address={in_the_clear_at(args, more)}" for name in ("http", "metrics")]
     listening += [f"--http-port={args.http_port}", f"--metrics-port={args.metrics_port}"]
+    listening += [f"--grpc-address={args.grpc_address}", f"--grpc-port={args.grpc_port}"]
+    if args.grpc_server_cert:
+        check_dates(args.grpc_server_cert, sys.stderr)
+        listening.append(f"--grpc-server-cert={args.grpc_server_cert}")
     flags = [*kept_flags(shm_prefix, key), *listening, *more]
     probes, profile = Probes.load(release), profile_from(args)
     if profile:
@@ -141,7 +153,7 @@ def instance_of(args: argparse.Namespace, more: Sequence[str]) -> Instance:
         os.environ,
         shm_prefix,
         own_http(args, more, key, cached=bool(profile and profile.query_cache_mb)),
-        (),
+        [(from_inside(args.grpc_address), args.grpc_port)],
         probes,
         sys.stderr,
         READY_S,

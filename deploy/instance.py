@@ -16,6 +16,7 @@ from typing import IO
 
 from deploy import stopping
 from deploy.logs import LastWords
+from deploy.orphans import claim, let_go, sweep_orphans
 from deploy.own_http import OwnHttp, check_release_of
 from deploy.security import control_flags
 from deploy.stubs import sweep
@@ -23,6 +24,9 @@ from retrieval_contract.errors import DeployError, ReleaseMismatch, ServerError
 from retrieval_contract.probes import Probes
 
 READY_S = 120.0
+PING_MS = 500
+"""Clients look every two seconds whether a server that computes for them is still there: Triton
+would close the connection at the third look in five minutes."""
 ASK_S = 10.0
 """What the golden probes may take on a server that has just started."""
 
@@ -35,6 +39,7 @@ def kept_flags(shm_prefix: str, control_key: str) -> list[str]:
         "--load-model=*",
         f"--exit-timeout-secs={stopping.DRAIN_S}",
         "--disable-auto-complete-config",
+        f"--grpc-http2-min-recv-ping-interval-without-data={PING_MS}",
         *control_flags(control_key),
     ]
 
@@ -61,6 +66,8 @@ class Instance:
     """A model of the present process was loaded again."""
     words: LastWords = field(init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
+    _claim: int | None = field(default=None, init=False)
+    """Held by the server as well: should we be killed, it still drains."""
     _over: bool = field(default=False, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -74,12 +81,16 @@ class Instance:
     def start(self) -> None:
         """Returns once the server has given the golden probes of its release.
 
-        It leads a process group of its own, so Ctrl-C reaches us first and it can drain. Raises
-        DeployError with its last words, ReleaseMismatch when it gives other vectors.
+        It leads a process group of its own, so Ctrl-C reaches us first and it can drain. What
+        others left who were killed is removed before. Raises DeployError with its last words,
+        ReleaseMismatch when it gives other vectors.
         """
         with self._lock:
             if self._over:
                 raise DeployError("Triton was stopped meanwhile; start it anew")
+            if self._claim is None:
+                sweep_orphans()
+                self._claim = claim(self.shm_prefix)
             # Should we be killed outright, the kernel stops it: it must not keep the ports.
             bound = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
             self._process = subprocess.Popen(
@@ -90,6 +101,7 @@ class Instance:
                 text=True,
                 errors="replace",
                 start_new_session=True,
+                pass_fds=(self._claim,),
             )
             self.words = LastWords(self._process, self.log, gpu=self.gpu)
             self.scarred = False
@@ -131,9 +143,16 @@ class Instance:
         with self._lock:
             self._over = True
         if self._process is None:
+            self._let_go()
             return 0
         with stopping.undisturbed(self._process):
             stopping.stop(self._process, self.scarred)
             sweep(self.shm_prefix)
             tidy()
+            self._let_go()
         return 0 if self.scarred else self._process.returncode
+
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            let_go(self.shm_prefix, self._claim)
+            self._claim = None

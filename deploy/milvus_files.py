@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_config(data: Path, session_ttl_s: int, tls: Tls | None, token: bool) -
         "dataNode": {"port": 21124},
     }
     if tls:
-        tls.flags()  # says what is not there
+        tls.flags(sys.stderr)  # says what is not there, or has expired
         security["tlsMode"] = 2 if tls.root else 1
         paths = {"serverPemPath": tls.cert, "serverKeyPath": tls.key, "caPemPath": tls.root}
         config["tls"] = {name: str(path.resolve()) for name, path in paths.items() if path}

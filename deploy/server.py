@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.instance import ASK_S, Instance, kept_flags
+from deploy.orphans import PREFIX
 from deploy.own_http import OwnHttp
 from deploy.security import Tls, new_key
 from deploy.tracing import trace_flags
@@ -110,9 +111,13 @@ def http_host_of(host: str, tls: Tls | None, said: str | None = None) -> str:
 def choose_ports(
     host: str, grpc: int = 0, http: int = 0, metrics: int = 0, http_host: str | None = None
 ) -> Ports:
-    """Free ports where 0 is given; DeployError when a given one is taken."""
+    """Free ports where 0 is given; DeployError when a given one is taken, or for IPv6: what watches
+    the server and what clients are told is IPv4."""
     chosen: list[int] = []
     other = http_host or host
+    for address in (host, other):
+        if ":" in address:
+            raise DeployError(f"expected an IPv4 address or a name, got {address}; give another")
     with contextlib.ExitStack() as held:  # hold all of them, so that no two are the same
         for name, at, port in (
             ("gRPC", host, grpc),
@@ -184,13 +189,13 @@ def triton(
     release = check_release(release_folder, Target.LOCAL)
     http_host = http_host_of(host, tls, http_host)
     ports = ports or choose_ports(host, http_host=http_host)
-    with tempfile.TemporaryDirectory(prefix="retrieval-triton-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as scratch:
         shm_prefix = Path(scratch).name
         backends = _backends(wheel, Path(scratch))
         repository = _linked(release_folder / "model_repository", Path(scratch))
         control_key = control_key or new_key()
         profile = profile or Profile()
-        more = [*kept_flags(shm_prefix, control_key), *(tls.flags() if tls else ())]
+        more = [*kept_flags(shm_prefix, control_key), *(tls.flags(log) if tls else ())]
         more += [*trace_flags(otel_url), *lay_over(profile, repository)]
         args = command(wheel, backends, repository, host, http_host, ports, Target.LOCAL, more)
         instance = Instance(

@@ -19,7 +19,7 @@ QUIET_STEP_S, QUIET_CPU_S = 0.2, 0.02
 """Quiet is a step of so long in which the server and its stubs take no more processor time."""
 DRAIN_S = 30
 """What Triton gives its queues after SIGTERM; 10 s later it is killed."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,8 +28,15 @@ class Stopped(KeyboardInterrupt):
 
 def listen() -> None:
     """From now on SIGNALS raise Stopped in the main thread, once."""
-    for number in SIGNALS:
+    for number in _heard():
         signal.signal(number, _raise_stopped)
+
+
+def _heard() -> list[signal.Signals]:
+    """SIGNALS; without that of a closed terminal where nohup has us stay, or it was heard before:
+    the shell repeats it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number is signal.SIGHUP)]
 
 
 def _raise_stopped(signum: int, frame: FrameType | None) -> NoReturn:
@@ -89,7 +96,7 @@ def cpu_seconds(group: int) -> float:
 
 @contextlib.contextmanager
 def undisturbed(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Nothing interrupts the block: a further Ctrl-C or SIGTERM only ends the drain at once."""
+    """Nothing interrupts the block: a further one of SIGNALS only ends the drain at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread
         return
@@ -98,7 +105,7 @@ def undisturbed(process: subprocess.Popen[str]) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    before = {number: signal.signal(number, hurry) for number in SIGNALS}
+    before = {number: signal.signal(number, hurry) for number in _heard()}
     try:
         yield
     finally:

@@ -64,8 +64,10 @@ class Visit(Generic[Item]):
 class Pace:
     """Seconds a row when there is a queue; 0 while nobody knows.
 
-    Only batches of at least half of `most_rows` tell: a small one costs more a row than a queue of
-    many will, and who judged by it would refuse what can be answered.
+    Batches of at least half of `most_rows` tell. A smaller one costs more a row than a queue of
+    many will, and who judged by it would refuse what can be answered: it may only lower the pace.
+    That it must: after a batch during which the process stood still, nobody would form a large one
+    again.
     """
 
     def __init__(self, most_rows: int) -> None:
@@ -74,7 +76,7 @@ class Pace:
 
     def took(self, rows: int, seconds: float) -> None:
         """One more batch."""
-        if rows >= self._least:
+        if rows >= self._least or seconds < rows * self.seconds_per_row:
             self._spent_s = self._spent_s * MEMORY + seconds
             self._rows = self._rows * MEMORY + rows
 

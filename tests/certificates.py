@@ -20,17 +20,25 @@ def authority(folder: Path, name: str) -> None:
     )
 
 
-def certificate(folder: Path, name: str, authority: str) -> None:
-    """`name`.pem and `name`.key for 127.0.0.1 and 127.0.0.2, signed by `authority`."""
+def certificate(
+    folder: Path,
+    name: str,
+    authority: str,
+    *,
+    days: int = 2,
+    names: str = "IP:127.0.0.1,IP:127.0.0.2",
+) -> None:
+    """`name`.pem and `name`.key for these names, signed by `authority`; of negative days it has
+    expired."""
     openssl(
         *("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr"),
         *("-subj", f"/CN={name}"),
         cwd=folder,
     )
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,IP:127.0.0.2\n")
+    (folder / "names").write_text(f"subjectAltName={names}\n")
     openssl(
         *("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem"),
-        *("-CAkey", f"{authority}.key", "-CAcreateserial", "-days", "2", "-extfile", "names"),
+        *("-CAkey", f"{authority}.key", "-CAcreateserial", "-days", str(days), "-extfile", "names"),
         *("-out", f"{name}.pem"),
         cwd=folder,
     )

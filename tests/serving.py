@@ -54,10 +54,9 @@ class Serving:
         return {model: int(count) for model, count in found if int(count)}
 
     def leftovers(self) -> list[Path]:
-        """Temporary files, and shared memory of the same name."""
-        return [self.scratch] * self.scratch.exists() + [
-            *Path("/dev/shm").glob(f"{self.scratch.name}*")
-        ]
+        """Temporary files, shared memory of the same name, and the lock that holds it."""
+        there = [*Path("/dev/shm").glob(f"*{self.scratch.name}*")]
+        return [self.scratch] * self.scratch.exists() + there
 
     def processes(self) -> list[str]:
         """The server and its stubs, as far as they run."""

@@ -21,6 +21,7 @@ from deploy.wheel import SERVER_PYTHON, find_wheel
 from retrieval_client import Encoder, Settings
 from retrieval_contract.errors import RetrievalError
 from retrieval_contract.models import Target
+from tests.certificates import authority, certificate
 from tests.conftest import ROOT, UNSHARE, can_unshare
 
 TAG = "26.09-py3"
@@ -69,6 +70,8 @@ def test_it_starts_triton_on_the_processor(image: Path, release_folder: Path) ->
         "--model-control-mode=explicit",
         "--http-port=8123",
         "--metrics-address=0.0.0.0",
+        "--grpc-address=0.0.0.0",
+        "--grpc-port=8001",
         "--log-verbose=1",
         key.replace("grpc-restricted-protocol", "http-restricted-api"),
     } <= set(said)
@@ -111,6 +114,26 @@ def test_what_has_no_tls_stays_inside_where_grpc_has_it() -> None:
     assert where("--http-port=1") == container.EVERYWHERE
     assert where("--grpc-use-ssl=true", "--grpc-server-cert=x") == LOOPBACK
     assert where("--grpc-use-ssl-mutual", "true", "--http-address=0.0.0.0") == container.EVERYWHERE
+
+
+def test_grpc_is_a_door_of_the_image(
+    image: Path, release_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one that clients use: it must be open before the server counts as ready."""
+    monkeypatch.setattr(container, "TRITON_HOME", image)
+    flags = ["--target=cpu", f"--release={release_folder}", "--grpc-port=8123"]
+    instance = container.instance_of(*container.parser().parse_known_args(flags))
+    assert instance.doors == [(LOOPBACK, 8123)]
+
+
+def test_a_certificate_that_has_expired_does_not_start(
+    image: Path, release_folder: Path, tmp_path: Path
+) -> None:
+    authority(tmp_path, "ours")
+    certificate(tmp_path, "server", "ours", days=-1)
+    tls = ["--grpc-use-ssl=true", f"--grpc-server-cert={tmp_path / 'server.pem'}"]
+    done = start(image, f"--tag={TAG}", "--target=cpu", f"--release={release_folder}", *tls)
+    assert (done.returncode, "server.pem: expired at 20" in done.stderr) == (1, True), done.stderr
 
 
 # ── on the real server, as process 1 ─────────────────────────────────────────────────────

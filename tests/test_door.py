@@ -109,6 +109,22 @@ def test_small_batches_say_nothing_of_a_queue() -> None:
         door.enter(f"many {n}", 1, Lane.INTERACTIVE, 0.5)
 
 
+def test_a_process_that_stood_still_learns_its_pace_again() -> None:
+    """Its last batch took 25 s, so none of many is let in: small ones must tell that it is over."""
+    clock = Clock()
+    door = door_of(clock, seconds_per_row=2.5)
+    door.enter("0", 1, Lane.INTERACTIVE)
+    with pytest.raises(Busy):
+        door.enter("second of a burst", 1, Lane.INTERACTIVE, 1.0)
+    for n in range(50):
+        door.take()
+        clock.now += 0.01
+        door.done()
+        door.enter(f"{n + 1}", 1, Lane.INTERACTIVE)
+    for n in range(9):
+        door.enter(f"burst {n}", 1, Lane.INTERACTIVE, 1.0)
+
+
 def test_without_times_the_queue_still_ends() -> None:
     door: Door[int] = Door(2, queue_batches=3)
     for n in range(2 * 3 + 1):

@@ -18,11 +18,22 @@ from benchmarks.limit import Row, best_batch, shuffled
 from tests.conftest import ROOT, TWO_CORES
 
 
-def test_rates_are_between_the_first_answer_and_the_last() -> None:
-    answered = Answered(32, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], 200, 0)
-    assert answered.rows_per_s == 32.0
-    assert answered.percentile_ms(50) == pytest.approx(200.0)
-    assert Answered(32, [1.0], [0.1], 32, 0).rows_per_s == 0.0
+def test_clumps_of_answers_make_no_rate_better() -> None:
+    """64 callers whose answers all come at once, every quarter of a second: 256 rows a second,
+    wherever between two of them the clock starts and ends."""
+    moments = [0.25 * n for n in range(1, 8) for _ in range(64)]
+    for start in (0.05, 0.1, 0.24):
+        came = [moment for moment in moments if moment - 0.25 < start + 1.0]
+        answered = Answered(1, start, start + 1.0, came, [0.25] * len(came), 500, 0)
+        assert answered.rows_per_s == pytest.approx(256.0)
+
+
+def test_a_large_request_counts_as_far_as_it_got() -> None:
+    answered = Answered(32, 1.0, 3.0, [1.5, 2.5, 4.5], [1.0, 1.0, 2.0], 200, 0)
+    assert answered.rows_per_s == 32 * (0.5 + 1 + 0.25) / 2
+    assert answered.percentile_ms(50) == pytest.approx(1000.0)
+    nothing = Answered(32, 1.0, 3.0, [], [], 32, 0)
+    assert (nothing.rows_per_s, nothing.percentile_ms(50)) == (0.0, float("inf"))
 
 
 def test_rows_are_asked_in_a_new_order_each_time() -> None:

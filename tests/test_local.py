@@ -111,6 +111,12 @@ def test_a_taken_port_is_said() -> None:
             choose_ports(LOOPBACK, grpc=port)
 
 
+@pytest.mark.parametrize("hosts", [("::1", None), (LOOPBACK, "::")])
+def test_an_address_of_ipv6_is_refused(hosts: tuple[str, str | None]) -> None:
+    with pytest.raises(DeployError, match="expected an IPv4 address or a name, got ::"):
+        choose_ports(hosts[0], http_host=hosts[1])
+
+
 def test_free_ports_differ() -> None:
     ports = choose_ports(LOOPBACK)
     assert len({ports.grpc, ports.http, ports.metrics}) == 3
@@ -287,19 +293,6 @@ def test_two_ctrl_c_while_starting_leave_nothing(serving: Serving) -> None:
     assert serving.process.wait(60) == 0
     assert "serves release" not in serving.log.read_text()
     assert [*serving.leftovers(), *serving.processes()] == []
-
-
-def test_a_killed_launcher_takes_the_server_with_it(serving: Serving) -> None:
-    """Nobody is left to stop the server: its port must come free for the next start."""
-    port = int(serving.address.split(":")[1])
-    serving.process.kill()
-    end = time.monotonic() + 20
-    while serving.processes():
-        assert time.monotonic() < end, "the server runs on"
-        time.sleep(0.2)
-    choose_ports(LOOPBACK, grpc=port)
-    for path in serving.leftovers():  # nobody was left to tidy up, either
-        shutil.rmtree(path)
 
 
 def test_a_client_recovers_when_the_server_comes_back(release_folder: Path, tmp_path: Path) -> None:

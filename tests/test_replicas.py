@@ -15,15 +15,19 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.faults import rolling_restart
+from deploy.instance import PING_MS
 from deploy.server import LOOPBACK, Server, choose_ports
 from deploy.server import triton as start_triton
 from retrieval_client import Encoder, Settings
-from retrieval_client.channel import target_of
+from retrieval_client.channel import CHANNEL_OPTIONS, target_of
 from retrieval_client.handshake import Served
 from retrieval_client.replicas import AT_ONCE
 from retrieval_client.retry import EARNED, MOST
+from retrieval_client.wire import request_from_rows
+from retrieval_contract import models
 from retrieval_contract.errors import (
     DeadlineExceeded,
     ReleaseMismatch,
@@ -32,6 +36,7 @@ from retrieval_contract.errors import (
     ServerUnavailable,
 )
 from retrieval_contract.tensors import Array
+from tests.conftest import photo
 
 SILENT_S = 8.0
 """A connection that is silent for so long is left: two seconds until the ping, four for it."""
@@ -238,3 +243,21 @@ def test_who_has_time_is_answered_by_the_other(triton: Server) -> None:
                 found = list(pool.map(encoder.encode_queries, texts))
             assert time.monotonic() - start > 1, "nobody was on that connection"
     assert all(encoded.errors == [None] * 20 for encoded in found)
+
+
+def test_a_long_call_is_not_cut_off_by_its_own_pings(triton: Server) -> None:
+    """Here it pings more often and does not slow down, so that minutes are seconds."""
+    usual = dict(CHANNEL_OPTIONS)
+    options = usual | {"grpc.keepalive_time_ms": 600, "grpc.http2.max_pings_without_data": 0}
+    assert PING_MS < 600 < usual["grpc.keepalive_time_ms"]
+    pictures = [photo(size=(4000, 4000))] * 64
+    rows = {models.TITLE.name: [b""] * len(pictures), models.IMAGE.name: pictures}
+    request = request_from_rows(models.PRODUCT_ENCODER, rows)
+    with (
+        grpc.insecure_channel(triton.grpc_address) as others,
+        grpc.insecure_channel(triton.grpc_address, [*options.items()]) as channel,
+    ):
+        ahead = [GRPCInferenceServiceStub(others).ModelInfer.future(request) for _ in range(2)]
+        time.sleep(0.2)
+        assert GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60).outputs
+        assert all(call.result().outputs for call in ahead)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -12,11 +17,12 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from deploy.security import CONTROLS, Tls, control_flags, new_key, read_key
+from deploy.security import CONTROLS, Tls, check_dates, control_flags, new_key, read_key
 from deploy.server import LOOPBACK, Server, http_host_of, triton
 from retrieval_client import Encoder, RetrievalError, Settings
 from retrieval_client.channel import channel_to
-from retrieval_contract.errors import DeployError, ServerUnavailable
+from retrieval_client.patience import Patient
+from retrieval_contract.errors import AccessDenied, DeployError, ServerUnavailable
 from tests.certificates import authority, certificate
 
 KEY = "a-key-of-the-test"
@@ -33,6 +39,9 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certificate(folder, "server", "ours")
     certificate(folder, "client", "ours")
     certificate(folder, "stranger", "theirs")
+    certificate(folder, "expired", "ours", days=-1)
+    certificate(folder, "elsewhere", "ours", names="DNS:elsewhere")
+    (folder / "none.pem").write_text("no certificate")
     return folder
 
 
@@ -100,6 +109,60 @@ def test_replicas_are_asked_by_their_common_name(guarded: Server, papers: Path) 
 def test_nobody_else_is(guarded: Server, papers: Path, names: dict[str, str]) -> None:
     with Encoder(settings(guarded, papers, **names)) as encoder, pytest.raises(ServerUnavailable):
         encoder.served()
+
+
+@contextmanager
+def answering(papers: Path, name: str, mutual: bool) -> Iterator[str]:
+    """Where something listens that has this certificate, or none and speaks in the clear."""
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        if name:
+            key, chain = ((papers / f"{name}.{kind}").read_bytes() for kind in ("key", "pem"))
+            root = (papers / "ours.pem").read_bytes() if mutual else None
+            shown = grpc.ssl_server_credentials([(key, chain)], root, mutual)
+            port = server.add_secure_port(f"{LOOPBACK}:0", shown)
+        else:
+            port = server.add_insecure_port(f"{LOOPBACK}:0")
+        server.start()
+        try:
+            yield f"{LOOPBACK}:{port}"
+        finally:
+            server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("server", "ca"),
+    [
+        ("expired", "ours.pem"),
+        ("elsewhere", "ours.pem"),
+        ("server", "theirs.pem"),
+        ("server", "none.pem"),
+        ("", "ours.pem"),
+    ],
+    ids=["expired", "another name", "another authority", "no PEM", "in the clear"],
+)
+def test_what_tls_forbids_is_said_and_not_waited_for(papers: Path, server: str, ca: str) -> None:
+    start = time.monotonic()
+    with answering(papers, server, mutual=False) as address:
+        ours = Settings(triton=address, tls_ca=str(papers / ca), timeout_s=3.0)
+        with (
+            Encoder(ours) as encoder,
+            pytest.raises(AccessDenied, match="see tls_ca, tls_name and the server's certificate"),
+        ):
+            Patient(30.0)(encoder.served)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("ca", ["", "ours.pem"], ids=["in the clear", "no certificate"])
+def test_who_is_hung_up_on_is_told_of_tls(papers: Path, ca: str) -> None:
+    """It may be a server that is starting, too: that is waited for."""
+    with answering(papers, "server", mutual=bool(ca)) as address:
+        ours = Settings(triton=address, tls_ca=ca and str(papers / ca), timeout_s=3.0)
+        with (
+            Encoder(ours) as encoder,
+            pytest.raises(ServerUnavailable, match=r"may expect TLS \(tls_ca\)"),
+        ):
+            encoder.served()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +239,29 @@ def test_each_start_has_a_key_of_its_own(tmp_path: Path) -> None:
     assert all(flag.endswith(f":control={KEY}") for flag in control_flags(KEY))
 
 
+def test_a_certificate_that_has_expired_does_not_start(papers: Path, tmp_path: Path) -> None:
+    """And one that soon will is said."""
+    log = io.StringIO()
+    for name, days in (("lasting", 30), ("of_the_next_century", 40_000)):
+        certificate(papers, name, "ours", days=days)
+        check_dates(papers / f"{name}.pem", log)
+    assert not log.getvalue()
+    check_dates(papers / "server.pem", log)
+    (line,) = log.getvalue().splitlines()
+    in_two_days = datetime.now(UTC) + timedelta(days=2)
+    assert f"server.pem: expires at {in_two_days:%Y-%m-%d}" in line
+    (tmp_path / "chain.pem").write_text(
+        (papers / "lasting.pem").read_text() + (papers / "expired.pem").read_text()
+    )
+    yesterday = f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}"
+    with pytest.raises(DeployError, match=rf"chain\.pem: expired at {yesterday} \d\d:\d\d UTC"):
+        check_dates(tmp_path / "chain.pem", log)
+    with pytest.raises(DeployError, match=r"none\.pem: .*; give certificates in PEM"):
+        check_dates(papers / "none.pem", log)
+    with pytest.raises(DeployError, match=r"expired\.pem: expired"):
+        Tls(papers / "expired.pem", papers / "expired.key").flags(log)
+
+
 def test_certificates_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match=r"missing\.pem: not found"):
-        Tls(tmp_path / "missing.pem", tmp_path / "k").flags()
+        Tls(tmp_path / "missing.pem", tmp_path / "k").flags(io.StringIO())

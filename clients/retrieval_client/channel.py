@@ -15,9 +15,10 @@ ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 # A reconnecting channel waits at most a second: a restarted server is found again at once.
 # A peer that vanished without a word is found out by a ping, sent while a call waits and nothing
 # has come for `time`: after `timeout` without an answer the connection is given up. gRPC 1.85 heeds
-# the ping's own timeout alone, the other one bounds unacknowledged TCP data. Triton closes a
-# connection at the third ping in five minutes without data between; gRPC sends two, then one a
-# minute. Shorter timeouts would cut off pictures on a slow line, where pings queue behind data.
+# the ping's own timeout alone, the other one bounds unacknowledged TCP data. Without data between
+# them gRPC sends two pings, then one a minute; a Triton that is not told to take as many
+# (deploy/instance.py) closes the connection at the third in five minutes. Shorter timeouts would
+# cut off pictures on a slow line, where pings queue behind data.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
