@@ -258,7 +258,9 @@ def test_a_named_column_must_be_in_some_json_line(tmp_path: Path) -> None:
 
 def test_columns_of_a_csv_may_hold_numbers(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
-    path.write_text("id,title,price,sku\n1,a,12.5,007\n2,b,9,008\n3,c,,009\n4,d,cheap,010\n")
+    path.write_text(
+        "id,title,price,sku\n1,a,12.5,007\n2,b,9,008\n3,c,,009\n4,d,cheap,010\n5,e,1_0,011\n"
+    )
     rows = list(Source(path, numbers=("price",)).rows())
     assert [row.attributes for row in rows[:3]] == [
         {"price": 12.5, "sku": "007"},
@@ -266,6 +268,7 @@ def test_columns_of_a_csv_may_hold_numbers(tmp_path: Path) -> None:
         {"sku": "009"},
     ]
     assert "price: expected a number such as 12.5, got cheap" in str(rows[3].problem)
+    assert "got 1_0" in str(rows[4].problem)
     with pytest.raises(SourceError, match=r"expected columns \['cost'\], as --number says, got"):
         list(Source(path, numbers=("cost",)).rows())
     lines = tmp_path / "c.jsonl"

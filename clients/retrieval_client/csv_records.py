@@ -38,7 +38,7 @@ def with_numbers(
 
 
 def _number(name: str, text: str) -> int | float | str | ItemError:
-    for kind in (int, float):
+    for kind in (int, float) if "_" not in text else ():  # Python's own, of nobody else
         with suppress(ValueError):
             return kind(text)
     if not text.strip():
