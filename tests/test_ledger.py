@@ -194,7 +194,7 @@ def test_the_command_explains_a_search_for_a_picture(
     assert time.monotonic() - start < 10, "it waited for what never comes"
     ledger = json.loads(capsys.readouterr().out)["ledger_ms"]
     assert sum(ledger[line] for line in LINES) == pytest.approx(ledger["total"], abs=0.01)
-    assert ledger["steps"] > ledger["wire"] > 0, ledger
+    assert ledger["steps"] > ledger["wire"], ledger
     assert (ledger["tower"] > 1) == bool(words), "of texts the process itself says it"
 
 
