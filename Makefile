@@ -63,7 +63,7 @@ test: setup  ## linters, types, and all tests on the real Triton, Milvus Lite an
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -n 2 --dist loadfile --durations 20 --durations-min 10
+	$(PY) -m pytest -n 3 --dist loadfile --durations 20 --durations-min 10
 
 serve: release  ## Triton on 127.0.0.1:8001 (gRPC), 8000 (HTTP), 8002 (metrics) until Ctrl-C
 	$(PY) -m deploy.local
