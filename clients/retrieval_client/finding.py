@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -136,11 +136,14 @@ class Finder:
         """Those of a high enough score; below the first of the others there is none."""
         least, group_by = self.options.min_score, self.options.group_by
         floor = 0.0
-        if hits:
-            *_, last = runs(hits)
-            floor = last[0].score
-            if least is not None and last[-1].score < least:
+        if scores := sorted(hit.score for hit in hits):
+            if least is not None and scores[0] < least:
                 hits, all_there = [hit for hit in hits if hit.score >= least], True
+            floor = scores[0]
+            for score in scores:
+                if score - floor >= EQUAL:
+                    break
+                floor = score
         hits = without(query.like, hits)
         return _Found(best_of_groups(hits, group_by) if group_by else hits, all_there, floor)
 
@@ -162,24 +165,19 @@ def without(product_id: str, hits: Iterable[Hit]) -> list[Hit]:
 
 
 def ordered(hits: Iterable[Hit]) -> list[Hit]:
-    """Best first; of equal ones, which Milvus gives in any order, by id."""
-    return [hit for run in runs(hits) for hit in sorted(run, key=lambda hit: hit.id)]
+    """Best first; of equal ones, which Milvus gives in any order, by id.
 
-
-def runs(hits: Iterable[Hit]) -> Iterator[list[Hit]]:
-    """Best first, equal ones together: what differs from the next by less than EQUAL.
-
-    Equal vectors score unlike in their last bits, by how many queries travel in a call and which
-    segment a row lies in.
+    Equal is what differs from the next by less than EQUAL: equal vectors score unlike in their last
+    bits, by how many queries travel in a call and which segment a row lies in.
     """
-    run: list[Hit] = []
-    for hit in sorted(hits, key=lambda hit: -hit.score):
-        if run and run[-1].score - hit.score >= EQUAL:
-            yield run
-            run = []
-        run.append(hit)
-    if run:
-        yield run
+    found = sorted(hits, key=lambda hit: -hit.score)
+    start = 0
+    for at in range(1, len(found) + 1):
+        if at == len(found) or found[at - 1].score - found[at].score >= EQUAL:
+            if at - start > 1:
+                found[start:at] = sorted(found[start:at], key=lambda hit: hit.id)
+            start = at
+    return found
 
 
 def best_of_groups(hits: Sequence[Hit], attribute: str) -> list[Hit]:

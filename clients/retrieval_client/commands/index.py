@@ -99,8 +99,8 @@ def measurable(args: argparse.Namespace, settings: Settings) -> Iterator[tuple[C
         good = [row for row, error in enumerate(encoded.errors) if error is None]
         if not good:
             raise SourceError(
-                f"{args.queries}: expected queries that can be encoded, got {len(texts)} that "
-                f"cannot, the first since {encoded.errors[0]}; give others"
+                f"{args.queries or collection.name}: expected queries that can be encoded, got "
+                f"{len(texts)} that cannot, the first since {encoded.errors[0]}; give others"
             )
         yield collection, encoded.vectors[good]
 

@@ -169,12 +169,12 @@ def run_rollback(args: argparse.Namespace, settings: Settings) -> int:
         now = ours.rollback()
         if not args.json:  # at once: to compare takes its time
             _serves(args, now)
+        differs: Counter[str] | None = None
         try:
             before.load()
             differs = apart(now, before)
         except CatalogError as exc:  # maybe the very reason for going back
             console.print(f"what served before cannot be compared: {exc}", markup=False)
-            differs = Counter()
     if args.json:
         return _serves(args, now, differs=differs)
     if differs:
@@ -183,7 +183,9 @@ def run_rollback(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _serves(args: argparse.Namespace, collection: Collection, **more: Mapping[str, int]) -> int:
+def _serves(
+    args: argparse.Namespace, collection: Collection, **more: Mapping[str, int] | None
+) -> int:
     info = collection.info
     text = f"release {info.release_id} serves; searches everywhere see it within seconds"
     return _say(args, {"serving": info.release_id, "collection": info.name} | more, text)
